@@ -1,0 +1,2601 @@
+#!/usr/bin/env python3
+"""Claude Code on your own model, in one file.
+
+anyclaude finds mistral.rs, starts it with the right arguments for the model on disk, waits until it
+serves, stands between Claude Code and it as a translating proxy (Anthropic Messages API to OpenAI
+chat completions and back, streaming), runs Claude Code, and leaves nothing behind.
+
+    anyclaude [own options] [anything for claude]
+
+The file reads top to bottom, and a section uses only those above it:
+
+    1 Ground       constants, errors, the terminal, private files
+    2 Settings     flags > environment > project file > home file > defaults
+    3 Model        what is on disk: architecture, context window, quantisation, sampling
+    4 Engine       mistral.rs: find, command line, start, share, wait, stop; the demo engine
+    5 Request      Anthropic -> OpenAI; pure
+    6 Tool text    model output -> text and tool calls, as a stream; pure
+    7 Reply        OpenAI chunks -> Anthropic events; a pure state machine
+    8 Proxy        http.server and threads around 5 to 7
+    9 Claude Code  find it, its environment, run it in the foreground
+    10 Commands    the command line
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hmac
+import http.client
+import itertools
+import json
+import logging
+import logging.handlers
+import os
+import queue
+import re
+import secrets
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock, no sessions and no signals of the kind used here
+    raise SystemExit("anyclaude runs on macOS and Linux. On Windows, run it inside WSL.") from None
+
+__version__ = "0.1.0"
+
+
+# === 1 Ground =================================================================================
+# Rule: every error a person sees says what happened and what to do next.
+
+LOOPBACK = "127.0.0.1"
+STOP_SECONDS = 5.0  # between TERM and KILL
+
+Json = dict[str, Any]  # a JSON object
+Version = tuple[int, int, int]
+
+
+class AnyclaudeError(Exception):
+    """Something a person must know: `message` says what happened and why, `fix` what to type next."""
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.message, self.fix = message, fix
+
+
+class Terminal:
+    """Messages on stderr. `waiting` keeps one live line on a terminal, and prints nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._live = ""
+
+    def _write(self, text: str, live: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end the session
+            sys.stderr.write(("\r\x1b[2K" if self._live else "") + text)
+            sys.stderr.flush()
+        self._live = live
+
+    def say(self, text: str) -> None:
+        """Print `text`, each line of it behind `[anyclaude]`."""
+        self._write("".join(f"[anyclaude] {line}\n" for line in text.split("\n")), "")
+
+    def waiting(self, text: str) -> None:
+        """Put `text` in place of the live line; "" takes that away."""
+        if text != self._live and sys.stderr.isatty():
+            self._write(f"[anyclaude] {text}"[: shutil.get_terminal_size().columns - 1] if text else "", text)
+
+
+TERMINAL = Terminal()
+say = TERMINAL.say
+
+
+def plain(text: str) -> str:
+    """`text` without escape sequences and control characters: a log must not drive the terminal."""
+    return re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def state_path(*parts: str) -> Path:
+    """A path under `~/.anyclaude`; its folders are made, mode 0700."""
+    folder = Path.home()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (".anyclaude", *parts[:-1]):
+            folder = folder / part
+            folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise AnyclaudeError(
+            f"cannot make {folder}: {error.strerror}.", "Set HOME to a folder you can write to."
+        ) from None
+    return folder / parts[-1]
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace the file at `path` in one step; mode 0600."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp makes it 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_json(path: Path) -> Json:
+    """The JSON object in `path`. Raises AnyclaudeError that names the file and, for bad JSON, line and column."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        problem = "" if isinstance(content, dict) else f"expected an object, found {type(content).__name__}"
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+    except (UnicodeDecodeError, RecursionError) as error:
+        problem = f"not valid JSON: {error}"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    if problem:
+        raise AnyclaudeError(f"{path}: {problem}.", "Correct the file, or move it away.")
+    return content
+
+
+def rotated_log(path: Path, keep: int = 3) -> int:
+    """Move earlier logs on (`x.log` to `x.log.1` ...) and open a new one to append to; mode 0600. A file descriptor."""
+    names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, keep + 1))]
+    for older, newer in reversed(list(zip(names, names[1:]))):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(older, newer)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last `count` lines of a log that hold anything, made plain."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line for line in map(plain, re.split(r"[\r\n]+", text)) if line.strip()][-count:]
+
+
+def which(name: str, folders: Iterable[str | Path]) -> Path | None:
+    """The first program `name` in `folders`. Relative folders are passed over: a cloned repository that is the
+    working directory must not supply a program."""
+    programs = (Path(folder) / name for folder in folders)
+    return next((path for path in programs if path.is_absolute() and is_program(path)), None)
+
+
+def is_program(path: Path) -> bool:
+    """Whether `path` is a file that may be executed."""
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+def search_path(environ: Mapping[str, str]) -> list[str]:
+    """The folders of PATH."""
+    return environ.get("PATH", os.defpath).split(os.pathsep)
+
+
+def output_of(*command: str) -> str:
+    """What a short command prints, on either stream; "" if it fails."""
+    streams: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        done = subprocess.run(command, **streams, env={**os.environ, "LC_ALL": "C"}, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return bytes(done.stdout).decode("utf-8", "replace")
+
+
+def terminate(process: subprocess.Popen[bytes], kill: Callable[[int, int], None] = os.kill) -> None:
+    """TERM, then KILL after STOP_SECONDS; returns when the process is gone. `kill`: os.killpg ends its whole group."""
+    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            if kill is os.kill:  # a group may outlive its leader, and gets KILL as well
+                return
+
+
+# === 2 Settings ===============================================================================
+# Rule: flags > environment > project file > home file > defaults, one frozen value, made once.
+
+SETTINGS_FILE = ".anyclauderc.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to."""
+
+    backend: str = "mlx"
+    enabled: bool = True
+    description: str = ""
+    kind: str = "mistralrs"
+    port: int = 8081
+    base_url: str = ""
+    api_key: str = ""
+    model: str = "default"
+    model_path: str = ""
+    max_tokens: int = 32768
+    arch: str = ""
+    isq: str = "Q4K"
+    context_window: int = 0
+    binary: str = ""
+    source_dir: str = "~/Documents/GitHub/mistral.rs"
+    extra_args: Sequence[str] = ()
+    tool_calls: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    prompt: str = ""
+    claude_binary: str = ""
+    start_timeout: int = 600
+    proxy_only: bool = False
+    proxy_port: int = 0
+    demo: bool = False
+    debug: int = 0
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting. `kind`: what it holds (see `checked`); `json`: its name in a backend of the settings file;
+    `flag`: its option on the command line; the environment variable follows from either. `trusted`: counts only
+    from home, environment and flags, because a cloned project's file must not run programs or redirect traffic."""
+
+    field: str
+    kind: str
+    json: str = ""
+    flag: str = ""
+    trusted: bool = False
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable."""
+        return "ANYCLAUDE_" + (self.flag[2:].replace("-", "_") or self.field).upper()
+
+
+KEYS = (
+    Key("enabled", "flag", "enabled"),
+    Key("description", "note", "description"),
+    Key("kind", "mistralrs|remote", "kind", trusted=True),
+    Key("port", "0..65535", "port", "--engine-port"),
+    Key("base_url", "url", "baseUrl", "--base-url"),
+    Key("api_key", "text", "apiKey", trusted=True),
+    Key("model", "text", "model"),
+    Key("model_path", "path", "modelPath", "--model-path"),
+    Key("max_tokens", "1..10000000", "maxTokens"),
+    Key("arch", "text", "arch", "--arch"),
+    Key("isq", "text", "isq", "--isq"),
+    Key("context_window", "1024..100000000", "contextWindow", "--context-window"),
+    Key("binary", "path", "binary", trusted=True),
+    Key("source_dir", "path", "sourceDir", trusted=True),
+    Key("extra_args", "texts", "extraArgs", trusted=True),
+    Key("tool_calls", "text|engine", "toolCalls"),
+    Key("sampling", "numbers", "sampling"),
+    Key("prompt", "lean|full", "prompt", "--prompt"),
+    Key("claude_binary", "path", "claudeBinary", trusted=True),
+    Key("start_timeout", "1..86400", "startTimeout"),
+    Key("proxy_only", "flag", flag="--proxy-only"),  # these are of one run, and never in a file
+    Key("proxy_port", "0..65535", flag="--proxy-port"),
+    Key("demo", "flag", flag="--demo"),
+    Key("debug", "0..3"),
+)
+OWN_OPTIONS = {key.flag: key for key in KEYS if key.flag}
+SWITCHES = {"--help", "--version", *(key.flag for key in KEYS if key.kind == "flag" and key.flag)}
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def checked(kind: str, value: Any, folder: Path) -> Any:
+    """`value` (from JSON, or a text from a flag or the environment) as what `kind` says. `folder`: what relative
+    paths start from. Raises ValueError that says what was expected."""
+    if kind in ("text", "path", "url"):
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            raise ValueError("a text that is not empty")
+        value = value.strip()
+        return _absolute(value, folder) if kind == "path" else _url(value) if kind == "url" else value
+    if kind == "note":
+        return str(value)
+    if kind == "flag":
+        if str(value).lower() not in _FLAGS:
+            raise ValueError("true or false")
+        return _FLAGS[str(value).lower()]
+    if "|" in kind:
+        if value not in kind.split("|"):
+            raise ValueError("one of " + ", ".join(kind.split("|")))
+        return value
+    if ".." in kind:
+        low, high = map(int, kind.split(".."))
+        if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,12}", str(value)) or not low <= int(value) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(value)
+    return _texts(value) if kind == "texts" else _numbers(value)
+
+
+def _absolute(text: str, folder: Path) -> str:
+    """`~` and relative paths made absolute. What is not there and could be a Hugging Face id stays as it is."""
+    path = folder / Path(text).expanduser()
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not path.exists()
+    return text if is_hub_id else os.path.normpath(path)
+
+
+def _url(text: str) -> str:
+    with contextlib.suppress(ValueError):  # of a port that is none
+        parts = urllib.parse.urlsplit(text)
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not parts.query + parts.fragment
+        ):
+            return text.rstrip("/")
+    raise ValueError("a URL like http://localhost:8081/v1")
+
+
+def _texts(value: Any) -> list[str]:
+    value = shlex.split(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
+        raise ValueError("a list of texts")
+    return value
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+        if set(value) <= set(SAMPLING) and all(type(number) in (int, float) for number in value.values()):
+            return dict(value)
+    raise ValueError("an object of numbers under " + ", ".join(SAMPLING))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether `url` is on this machine."""
+    return urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Part own options from claude's arguments -> ({option: value}, the rest in order).
+
+    Own options are recognised anywhere before `--` by their exact name, as `--x V` or `--x=V`. The first `--` is
+    dropped: it only parts ours from claude's."""
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    queued = list(arguments)
+    while queued:
+        argument = queued.pop(0)
+        name, equals, value = argument.partition("=")
+        if argument == "--":
+            return own, rest + queued
+        if name in SWITCHES:
+            own[name] = value or "true"
+        elif name == "--config-file" or name in OWN_OPTIONS:
+            if not equals and (not queued or queued[0].startswith("--")):
+                raise AnyclaudeError(f"{name} needs a value.", f"anyclaude {name} VALUE")
+            own[name] = value if equals else queued.pop(0)
+        else:
+            rest.append(argument)
+    return own, rest
+
+
+def settings_files(cwd: Path, home: Path, named: str = "") -> list[tuple[Path, bool]]:
+    """Settings files, strongest first, as (path, trusted). One named by --config-file stands for both others."""
+    if named:
+        return [(cwd / Path(named).expanduser(), True)]
+    folders = [*itertools.takewhile(lambda folder: folder != home, (cwd, *cwd.parents))]
+    project = next((folder / SETTINGS_FILE for folder in folders if (folder / SETTINGS_FILE).is_file()), None)
+    found = [(project, False)] if project else []
+    return [*found, (home / SETTINGS_FILE, True)] if (home / SETTINGS_FILE).is_file() else found
+
+
+class _Sources:
+    """The sources of one reading, and every problem and warning found in them, to be told at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def take(self, layer: Json, key: Key, value: Any, where: str, folder: Path) -> None:
+        """Put a checked value into `layer`, or report it."""
+        try:
+            layer[key.field] = checked(key.kind, value, folder)
+        except ValueError as error:
+            self.problems.append(f"{where}: expected {error}, found {json.dumps(value, ensure_ascii=False)[:80]}.")
+
+    def unknown(self, where: str, name: str, known: Iterable[str]) -> None:
+        """Warn of a key that nothing reads."""
+        near = difflib.get_close_matches(name, list(known), 1, 0.6)
+        self.warnings.append(f'{where}: unknown key "{name}"' + (f', did you mean "{near[0]}"?' if near else "."))
+
+    def variables(self, environ: Mapping[str, str], cwd: Path) -> Json:
+        """The layer of the environment."""
+        layer: Json = {}
+        for key in KEYS:
+            for name in (key.variable, *(["PROXY_ONLY"] if key.field == "proxy_only" else [])):
+                if environ.get(name):
+                    self.take(layer, key, environ[name], name, cwd)
+        return layer
+
+    def file(self, path: Path, trusted: bool) -> tuple[str, dict[str, Json]]:
+        """-> (the backend that a file chooses, its backends as layers)."""
+        try:
+            content = read_json(path)
+        except AnyclaudeError as error:
+            self.problems.append(error.message)
+            return "", {}
+        for name in set(content) - {"backend", "backends"}:
+            self.unknown(str(path), name, ("backend", "backends"))
+        backends = content.get("backends", {})
+        if not isinstance(backends, dict) or not all(isinstance(values, dict) for values in backends.values()):
+            self.problems.append(f"{path}: backends: expected an object of objects.")
+            backends = {}
+        if not isinstance(content.get("backend", ""), str):
+            self.problems.append(f"{path}: backend: expected a text.")
+        layers = {name: self.backend(path, name, values, trusted) for name, values in backends.items()}
+        return str(content.get("backend") or ""), layers
+
+    def backend(self, path: Path, name: str, values: Json, trusted: bool) -> Json:
+        """The layer of one backend in one file."""
+        known = {key.json: key for key in KEYS if key.json}
+        layer: Json = {}
+        for key_name, value in values.items():
+            where = f"{path}: backends.{name}.{key_name}"
+            key = known.get(key_name)
+            if key is None:
+                self.unknown(f"{path}: backends.{name}", key_name, known)
+            elif trusted or not (key.trusted or (key.field == "base_url" and not is_loopback(str(value)))):
+                self.take(layer, key, value, where, path.parent)
+            else:
+                self.warnings.append(
+                    f"{where}: ignored, because a project's file may not run programs or redirect traffic. "
+                    f"Set it in ~/{SETTINGS_FILE}, or as {key.variable}."
+                )
+        port = urllib.parse.urlsplit(layer.get("base_url", "")).port
+        if port and is_loopback(layer["base_url"]) and layer.setdefault("port", port) != port:
+            self.problems.append(f"{path}: backends.{name}: port and baseUrl name different ports. Keep one of them.")
+        return layer
+
+
+def load_settings(
+    own: Mapping[str, str], environ: Mapping[str, str], cwd: Path, home: Path
+) -> tuple[Settings, list[str]]:
+    """Read every source -> (settings, warnings). `own`: {option: value} of the command line.
+
+    Raises AnyclaudeError that lists every problem, each with its file and key."""
+    sources = _Sources()
+    flags: Json = {}
+    for option, text in own.items():
+        if option in OWN_OPTIONS:
+            sources.take(flags, OWN_OPTIONS[option], text, option, cwd)
+    variables = sources.variables(environ, cwd)
+    for layer in (flags, variables):
+        if "base_url" in layer:  # a URL for this run: that server is used as it is
+            layer.setdefault("kind", "remote")
+
+    named = own.get("--config-file") or environ.get("ANYCLAUDE_CONFIG_FILE", "")
+    files = [sources.file(path, trusted) for path, trusted in settings_files(cwd, home, named)]
+    defined = [name for _, layers in files for name in layers]
+    wanted = [environ.get("ANYCLAUDE_BACKEND", ""), *(choice for choice, _ in files), *defined, "mlx"]
+    backend = next(filter(None, wanted))
+    if defined and backend not in defined:
+        sources.problems.append(f'backend "{backend}" is none of the backends that are set: {", ".join(defined)}.')
+
+    merged: Json = {"kind": "remote" if backend == "remote" else "mistralrs"}
+    for layer in reversed([flags, variables, *(layers.get(backend, {}) for _, layers in files)]):
+        merged.update(layer)
+    settings = Settings(backend=backend, **merged)
+    name = f'backend "{backend}"'
+    if not settings.enabled:
+        sources.problems.append(f'{name} has "enabled": false. Enable it, or choose another as "backend".')
+    if settings.kind == "remote" and not settings.base_url:
+        sources.problems.append(f"{name} is remote and has no baseUrl, like http://localhost:8000/v1.")
+    if settings.kind == "mistralrs" and settings.base_url and not is_loopback(settings.base_url):
+        sources.problems.append(f'{name}: baseUrl is not this machine. "kind": "remote" would use that server.')
+    if sources.problems:
+        listed = "".join(f"\n  {problem}" for problem in sources.problems)
+        raise AnyclaudeError(f"the settings cannot be used:{listed}", "Correct them, and run the same command again.")
+    return settings, sources.warnings
+
+
+# === 3 Model ==================================================================================
+# Rule: inspection is pure (`inspect_model`); only `read_model` touches the disk, and only to read.
+
+# First mistral.rs that loads it -> "value of -a = class in config.json". No value: the engine's automatic loader takes
+# it (multimodal models). Source: mistralrs-core/src/pipeline/loaders/{normal,vision,multimodal}_loaders.rs at v0.6.0,
+# v0.7.0, v0.8.0, v0.8.23 and v0.9.2.
+LOADERS: dict[Version, str] = {
+    (0, 6, 0): """mistral=MistralForCausalLM mixtral=MixtralForCausalLM gemma=GemmaForCausalLM gemma2=Gemma2ForCausalLM
+        phi2=PhiForCausalLM phi3=Phi3ForCausalLM phi3.5moe=PhiMoEForCausalLM llama=LlamaForCausalLM
+        qwen2=Qwen2ForCausalLM qwen3=Qwen3ForCausalLM qwen3moe=Qwen3MoeForCausalLM starcoder2=Starcoder2ForCausalLM
+        deepseekv2=DeepseekV2ForCausalLM deepseekv3=DeepseekV3ForCausalLM
+        =Phi3VForCausalLM =Phi4MMForCausalLM =MiniCPMO =Idefics2ForConditionalGeneration
+        =Idefics3ForConditionalGeneration =LlavaForConditionalGeneration =LlavaNextForConditionalGeneration
+        =MllamaForConditionalGeneration =Qwen2VLForConditionalGeneration =Qwen2_5_VLForConditionalGeneration
+        =Gemma3ForConditionalGeneration =Mistral3ForConditionalGeneration =Llama4ForConditionalGeneration""",
+    (0, 7, 0): """glm4=Glm4ForCausalLM glm4moelite=Glm4MoeLiteForCausalLM glm4moe=Glm4MoeForCausalLM
+        smollm3=SmolLM3ForCausalLM granitemoehybrid=GraniteMoeHybridForCausalLM gpt_oss=GptOssForCausalLM
+        =Gemma3ForCausalLM =Gemma3nForConditionalGeneration =Qwen3VLForConditionalGeneration
+        =Qwen3VLMoeForConditionalGeneration""",
+    (0, 8, 0): """qwen3next=Qwen3NextForCausalLM =Gemma4ForConditionalGeneration =Qwen3_5ForConditionalGeneration
+        =Qwen3_5MoeForConditionalGeneration =VoxtralRealtimeForConditionalGeneration""",
+    (0, 8, 23): "hunyuanv1dense=HunYuanDenseV1ForCausalLM hunyuanv1moe=HunYuanMoEV1ForCausalLM",
+    (0, 9, 2): """qwen3_5=Qwen3_5ForCausalLM lfm2=Lfm2ForCausalLM lfm2_moe=Lfm2MoeForCausalLM =Gemma4UnifiedForCausalLM
+        =Lfm2VlForConditionalGeneration =MuseGlimmerForConditionalGeneration =DiffusionGemmaForBlockDiffusion""",
+}
+ARCHITECTURES: dict[str, tuple[str, Version]] = {  # class -> (value of -a, first version)
+    row.partition("=")[2]: (row.partition("=")[0], since) for since, rows in LOADERS.items() for row in rows.split()
+}
+# Only where there is no config.json: part of the name -> value of -a.
+ARCHITECTURE_NAMES = (("qwen3", "qwen3moe"), ("llama", "llama"), ("mistral", "mistral"))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the engine is told of it. `path`: a folder, or a Hugging Face id; `arch`: the value of -a, "" where
+    the engine detects it; `context`: tokens, 0 if unknown; `since`: the first engine that loads it."""
+
+    path: str
+    name: str
+    arch: str = ""
+    context: int = 0
+    quantised: bool = False
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    since: Version = (0, 0, 0)
+    on_disk: bool = True
+
+
+def inspect_model(path: str, config: Json | None, generation: Json, arch: str = "") -> Model:
+    """A model from its config.json (None: there is none) and generation_config.json. Pure.
+
+    `arch` overrides the architecture. Raises AnyclaudeError for one that cannot be told, or that no engine loads."""
+    name = Path(path).name
+    since = (0, 0, 0)
+    if config is None:
+        arch = arch or next((value for part, value in ARCHITECTURE_NAMES if part in name.lower()), "")
+        if not arch:
+            message = f"{path} has no config.json, and its name does not tell the architecture."
+            raise AnyclaudeError(message, "Check that it is the model's folder, or name the architecture: --arch qwen3")
+    elif not arch:
+        arch, since = _architecture(path, config.get("architectures"))
+    config = config or {}
+    inner = config.get("text_config")
+    configs = [config, inner] if isinstance(inner, dict) else [config]
+    lengths = [part.get("max_position_embeddings") for part in configs]
+    sampling = {key: generation[key] for key in SAMPLING if type(generation.get(key)) in (int, float)}
+    return Model(
+        path,
+        name,
+        arch,
+        context=next((length for length in lengths if type(length) is int and length > 0), 0),
+        quantised=any(part.get("quantization_config") or part.get("quantization") for part in configs),
+        sampling={"temperature": 0.0} if generation.get("do_sample") is False else sampling,
+        since=since,
+    )
+
+
+def _architecture(path: str, classes: Any) -> tuple[str, Version]:
+    if not isinstance(classes, list) or len(classes) != 1 or not isinstance(classes[0], str):
+        message = f'{path}/config.json must name one class in "architectures", and has {json.dumps(classes)}.'
+        raise AnyclaudeError(message, "Name the architecture yourself: --arch qwen3")
+    if classes[0] not in ARCHITECTURES:
+        message = (
+            f"{path} is a {classes[0]}, which mistral.rs does not load. It loads: {', '.join(sorted(ARCHITECTURES))}."
+        )
+        raise AnyclaudeError(message, "Choose another model, or, if you know better, name its loader: --arch qwen3")
+    return ARCHITECTURES[classes[0]]
+
+
+def read_model(path: str, arch: str = "") -> Model:
+    """Read what `path` (a folder or a Hugging Face id) holds. Raises AnyclaudeError for what cannot be a model."""
+    folder = Path(path)
+    if not folder.is_absolute():  # a Hugging Face id: the engine reads its config.json itself
+        return Model(path, folder.name, arch, on_disk=False)
+    if folder.suffix.lower() == ".gguf":
+        message = f"{path} is a GGUF file, which this version of anyclaude does not start."
+        raise AnyclaudeError(message, "Use the folder of the safetensors model: --model-path /path/to/folder")
+    if not folder.is_dir():
+        raise AnyclaudeError(
+            f"there is no model folder {path}.", "Name one that is there: --model-path /path/to/folder"
+        )
+    config, generation = (
+        read_json(folder / name) if (folder / name).exists() else None
+        for name in ("config.json", "generation_config.json")
+    )
+    return inspect_model(path, config, generation or {}, arch)
+
+
+# === 4 Engine =================================================================================
+# Rule: the engine is started by argument list, on the loopback, with a parent of its own that stops it when the last
+# session is gone; HTTP decides whether it is ready, its log explains why not.
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How one generation of mistral.rs is called. `text`, `auto`: its subcommands for a named architecture and for
+    automatic loading; `isq_behind`: --isq belongs behind the subcommand (in front of it, it is dropped)."""
+
+    program: str
+    front: tuple[str, ...]
+    host: str
+    text: str
+    auto: str
+    isq_behind: bool
+
+
+# Newest first. Source: mistralrs-cli/src/args/ at v0.7.0, v0.8.0 and v0.9.2; mistralrs-server/src/main.rs and
+# mistralrs-core/src/model_selected.rs at v0.6.0 and v0.7.0; the --help texts of 0.7.0 and 0.8.1.
+GENERATIONS = (
+    Generation("mistralrs", ("serve",), "--host", "text", "auto", isq_behind=True),
+    Generation("mistralrs-server", (), "--serve-ip", "plain", "run", isq_behind=False),
+)
+# What the engine's log says when it fails -> what to do. Source: mistral.rs at v0.6.0 to v0.9.2, and runs of 0.8.1 and 0.9.5.
+LOG_HINTS = (
+    (r"Address already in use", "Another program took the port. Choose another: --engine-port 8082"),
+    (
+        r"does not fit on the devices|[Oo]ut ?[Oo]f ?[Mm]emory",
+        "Quantise it harder (--isq Q3K), or choose a smaller model.",
+    ),
+    (r"Unsupported Hugging Face|Unknown architecture", "Update mistral.rs, or choose another model."),
+    (r"tokenizer\.json.{0,60}not found", "The model folder has no tokenizer.json: download the model again."),
+    (r"Expected file with extension one of", "The model folder has no weights: download the model again."),
+    (r"shape mismatch for", "The weights do not fit config.json, as with models quantised for MLX: use the original."),
+    (r"missing field `", "config.json is incomplete: download the model again, or update mistral.rs."),
+    (r"ISQ type .* unknown|invalid value '.*' for '--isq", "Choose a quantisation that the engine knows: --isq Q4K"),
+    (r"unexpected argument '", "This engine has no such option: correct extraArgs in ~/.anyclauderc.json."),
+)
+READY_LINE = re.compile(r"(OpenAI-compatible server|Server) listening on http://")
+SUPERVISE = "--supervise-engine"  # internal: the command line of the engine's parent
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A mistral.rs program on this machine. `model_help`: the --help text of its subcommand for text models."""
+
+    program: Path
+    generation: Generation
+    version: Version
+    model_help: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.generation.program} {'.'.join(map(str, self.version))} ({self.program})"
+
+
+def command_line(engine: Engine, model: Model, port: int, isq: str = "", extra: Sequence[str] = ()) -> list[str]:
+    """The argument list that serves `model` on the loopback. Pure. An `extra` flag that the model subcommand lists
+    goes behind it, any other in front."""
+    generation = engine.generation
+    front = ["--port", str(port), generation.host, LOOPBACK, *(["--token-source", "none"] if model.on_disk else [])]
+    behind = [generation.text if model.arch else generation.auto, "-m", model.path]
+    if model.arch:
+        behind += ["-a", model.arch]
+    if isq and isq.lower() != "none" and not model.quantised:
+        (behind if generation.isq_behind else front).extend(["--isq", isq])
+    place = front
+    for argument in extra:
+        if argument.startswith("-"):
+            name = re.escape(argument.partition("=")[0])
+            place = behind if re.search(rf"(?m)(^|[\s,]){name}(?![\w-])", engine.model_help) else front
+        place.append(argument)
+    return [str(engine.program), *generation.front, *front, *behind]
+
+
+def probe_engine(program: Path) -> Engine | None:
+    """Ask a program for its generation and version; None if it is no mistral.rs that runs here."""
+    found = re.search(r"(?m)^(mistralrs(?:-server)?) (\d+)\.(\d+)\.(\d+)", output_of(str(program), "--version"))
+    if not found:
+        return None
+    generation = next(row for row in GENERATIONS if row.program == found[1])
+    model_help = output_of(str(program), *generation.front, generation.text, "--help")
+    return Engine(program, generation, (int(found[2]), int(found[3]), int(found[4])), model_help)
+
+
+def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
+    """The program to use: the setting, else the newest generation, in the first folder that has it."""
+    if settings.binary:
+        engine = probe_engine(Path(settings.binary)) if is_program(Path(settings.binary)) else None
+        if engine is None:
+            message = f"binary {settings.binary} is not a mistral.rs program that runs here."
+            raise AnyclaudeError(message, 'Correct "binary" in ~/.anyclauderc.json, or remove it.')
+        return engine
+    home, release = Path.home(), Path(settings.source_dir).expanduser() / "target" / "release"
+    folders = [*search_path(environ), release, home / ".local/bin", home / ".mistralrs", home / ".cargo/bin"]
+    for generation in GENERATIONS:
+        for program in filter(None, (which(generation.program, [folder]) for folder in folders)):
+            engine = probe_engine(program)
+            if engine:
+                return engine
+            say(f"passing over {program}: it does not run here")
+    raise AnyclaudeError(
+        "mistral.rs was not found: no mistralrs or mistralrs-server on PATH, in ~/.local/bin, ~/.mistralrs, "
+        f"~/.cargo/bin or {release}.",
+        f"cargo install --locked mistralrs-cli{' --features metal' if sys.platform == 'darwin' else ''}   (needs Rust)\n"
+        'or say where it is: "binary" in ~/.anyclauderc.json. To look around without a model: anyclaude --demo',
+    )
+
+
+class _Files:
+    """The files by which sessions and the engine's parent find each other, one set a port.
+
+    `sessions`: each session holds it shared; the parent waits to hold it alone, which it does when nobody is left.
+    `alive`: the parent holds it as long as the engine runs. `starting`: held while a session starts or joins."""
+
+    def __init__(self, port: int) -> None:
+        names = ("sessions", "alive", "starting", "json")
+        self.sessions, self.alive, self.starting, self.state = (state_path("run", f"engine-{port}.{n}") for n in names)
+
+    def read_state(self) -> Json:
+        """What the parent wrote of its engine; empty when there is nothing usable."""
+        with contextlib.suppress(AnyclaudeError):
+            return read_json(self.state)
+        return {}
+
+
+def lock(path: Path, kind: int) -> int:
+    """Take a flock on `path` -> a file descriptor that holds it until closed, which the kernel does however a process
+    ends. Raises BlockingIOError if LOCK_NB is set and it is taken."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, kind)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def can_lock(path: Path, kind: int) -> bool:
+    """Whether a flock on `path` is to be had now."""
+    try:
+        os.close(lock(path, kind | fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def supervise() -> int:
+    """The engine's parent: start the engine that stdin describes, and stop it when no session is left.
+
+    Two threads wait for the two events (the engine ends, the last session is gone), so nothing is polled."""
+    spec = json.load(sys.stdin)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the engine would inherit
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    signal.signal(signal.SIGTERM, lambda *_: events.put("told"))
+    files = _Files(spec["port"])
+    alive = lock(files.alive, fcntl.LOCK_EX)
+    log = rotated_log(Path(spec["log"]))
+    try:
+        engine = subprocess.Popen(
+            spec["command"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=Path.home(),
+            env={**os.environ, "NO_COLOR": "1"},
+            start_new_session=True,
+        )
+    except OSError as error:
+        print(f"{spec['command'][0]}: {error.strerror}", flush=True)
+        return 1
+    state = {**spec, "pid": engine.pid, "born": birth(engine.pid)}
+    write_private(files.state, json.dumps(state))
+    print("started", flush=True)
+    null = os.open(os.devnull, os.O_RDWR)
+    for handle in (0, 1, 2):
+        os.dup2(null, handle)
+
+    def wait_for_engine() -> None:
+        engine.wait()
+        events.put("ended")
+
+    def wait_for_last_session() -> None:
+        lock(files.sessions, fcntl.LOCK_EX)  # held to the end: a new session waits until the port is free again
+        events.put("unused")
+
+    for target in (wait_for_engine, wait_for_last_session):
+        threading.Thread(target=target, daemon=True).start()
+    ended = events.get() == "ended"
+    terminate(engine, os.killpg)
+    if ended:
+        write_private(files.state, json.dumps({**state, "exit": engine.returncode}))
+    else:
+        files.state.unlink()
+    os.close(alive)  # before `sessions`, so that who gets that one finds this one free
+    os._exit(0)  # the other thread still waits
+
+
+def birth(pid: int) -> str:
+    """When the process was started, in ps' words; "" if there is none. It tells whether a pid was given anew."""
+    return output_of("ps", "-o", "lstart=", "-p", str(pid)).strip()
+
+
+def port_owner(port: int) -> str:
+    """Who listens on `port`, like "python3 (pid 123)"; "" if that cannot be known."""
+    asked = (
+        (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), r"p(?P<pid>\d+)\nc(?P<name>.+)"),
+        (("ss", "-Hltnp", f"sport = :{port}"), r'\(\("(?P<name>[^"]+)",pid=(?P<pid>\d+)'),
+    )
+    found = (re.search(pattern, output_of(*command)) for command, pattern in asked)
+    return next((f"{match['name']} (pid {match['pid']})" for match in found if match), "")
+
+
+def port_is_free(port: int) -> bool:
+    """Whether an engine could listen on the loopback at `port`."""
+    with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1):
+        return False  # macOS lets two programs bind one port when one of them has all addresses
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the engine does: TIME_WAIT is no owner
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port on the loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Whether a GET on the loopback is answered with 200. The system's HTTP proxies are left aside."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2) as reply:
+            return bool(reply.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+class EngineShare:
+    """This session's share in an engine: made by starting or joining one, given back by `close`."""
+
+    def __init__(self, port: int, command: list[str], model: Model) -> None:
+        self.port, self.log = port, state_path("logs", "mistralrs-server.log")
+        self.joined = False
+        self._files = _Files(port)
+        self._seat = -1
+        starting = lock(self._files.starting, fcntl.LOCK_EX)
+        try:
+            self._seat = lock(self._files.sessions, fcntl.LOCK_SH)  # waits while an engine here is being stopped
+            if self._engine_runs():
+                self._join(model)
+            else:
+                self._start(command, model)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(starting)
+
+    def _engine_runs(self) -> bool:
+        return not can_lock(self._files.alive, fcntl.LOCK_SH)
+
+    def _others(self) -> bool:
+        """Whether other sessions have a share (then it is to be had shared, and not alone)."""
+        return not can_lock(self._files.sessions, fcntl.LOCK_EX) and can_lock(self._files.sessions, fcntl.LOCK_SH)
+
+    def _join(self, model: Model) -> None:
+        state = self._files.read_state()
+        if state.get("model") != model.path:
+            message = f"port {self.port} is taken: another session of yours serves {state.get('model')} there."
+            raise AnyclaudeError(message, f"Close that session, or choose another port: --engine-port {self.port + 1}")
+        self.log, self.joined = Path(state["log"]), True
+
+    def _start(self, command: list[str], model: Model) -> None:
+        self._stop_orphan()
+        if not port_is_free(self.port):
+            owner = port_owner(self.port) or "a program whose name cannot be seen"
+            raise AnyclaudeError(
+                f"port {self.port} is taken by {owner}.",
+                f"Choose another port: --engine-port {self.port + 1}\n"
+                f"or use that server, if it speaks OpenAI's protocol: --base-url http://localhost:{self.port}/v1",
+            )
+        spec = {"port": self.port, "command": command, "model": model.path, "log": str(self.log)}
+        parent = subprocess.Popen(
+            [sys.executable, "-I", os.path.abspath(__file__), SUPERVISE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            cwd=Path.home(),
+        )
+        assert parent.stdin is not None and parent.stdout is not None
+        with parent.stdin, parent.stdout:
+            parent.stdin.write(json.dumps(spec).encode())
+            parent.stdin.close()
+            answer = parent.stdout.readline().decode().strip()
+        if answer != "started":
+            message = f"mistral.rs could not be started: {answer or 'its parent process died'}."
+            raise AnyclaudeError(message, 'Check that program, or name another as "binary" in ~/.anyclauderc.json.')
+
+    def _stop_orphan(self) -> None:
+        """Stop an engine whose parent was killed. Its pid counts only with the time at which that process was born."""
+        state = self._files.read_state()
+        pid, born = state.get("pid"), state.get("born")
+        if born and isinstance(pid, int) and birth(pid) == born:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, number)
+                deadline = time.monotonic() + STOP_SECONDS
+                while time.monotonic() < deadline and not port_is_free(self.port):
+                    time.sleep(0.05)
+        self._files.state.unlink(missing_ok=True)
+
+    def wait_until_ready(self, seconds: float) -> str:
+        """Wait until the engine answers over HTTP -> the line of its log that says so, or "".
+
+        Raises AnyclaudeError with the log's last lines when it died or the time is over."""
+        started = time.monotonic()
+        urls = [f"http://{LOOPBACK}:{self.port}{path}" for path in ("/health", "/v1/models")]
+        while not any(map(answers, urls)):
+            elapsed = time.monotonic() - started
+            if not self._engine_runs():
+                raise self._failure(f"ended while it started (exit status {self._files.read_state().get('exit')})")
+            if elapsed > seconds:
+                raise self._failure(f'did not answer within {seconds:.0f} s ("startTimeout" in ~/.anyclauderc.json)')
+            TERMINAL.waiting(f"waiting for mistral.rs {elapsed:.0f} s: {''.join(last_lines(self.log, 1))}")
+            time.sleep(0.1)
+        TERMINAL.waiting("")
+        return next((line for line in reversed(last_lines(self.log, 20)) if READY_LINE.search(line)), "")
+
+    def _failure(self, what: str) -> AnyclaudeError:
+        lines = last_lines(self.log, 50)
+        hints = (hint for line in reversed(lines) for pattern, hint in LOG_HINTS if re.search(pattern, line))
+        tail = "".join(f"\n  {line}" for line in lines[-8:])
+        return AnyclaudeError(
+            f"mistral.rs {what}. Its log ends:{tail}", next(hints, f"Read the whole log: less {self.log}")
+        )
+
+    def close(self) -> None:
+        """Give the share back. If it was the last, return when the engine is gone."""
+        if self._seat < 0:
+            return
+        os.close(self._seat)
+        self._seat = -1
+        deadline = time.monotonic() + STOP_SECONDS + 3
+        while self._engine_runs() and not self._others() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if not self._engine_runs() and not self._others():
+            self._stop_orphan()
+
+
+def demo_reply(request: Json) -> str:
+    """What the demo engine says to an OpenAI request: one tool call, then its result in words. Pure."""
+    messages = request.get("messages") or [{}]
+    offered = {tool.get("function", {}).get("name") for tool in request.get("tools") or []}
+    if messages[-1].get("role") == "tool":
+        listing = str(messages[-1].get("content", "")).strip()
+        return f"This is the demo engine: no model runs, all else is real. The tool call answered:\n\n{listing}\n"
+    calls = {"Bash": {"command": "ls -1", "description": "List the files here"}, "Glob": {"pattern": "*"}}
+    for name in filter(offered.__contains__, calls):
+        call = json.dumps({"name": name, "arguments": calls[name]})
+        return f"Let me see which files are here.\n\n<tool_call>\n{call}\n</tool_call>"
+    return "anyclaude demo"
+
+
+class _DemoHandler(BaseHTTPRequestHandler):
+    """The OpenAI protocol, as much of it as the proxy uses."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        pieces = re.findall(r"\s*\S{1,12}|\s+", demo_reply(request))
+        usage = {"prompt_tokens": len(json.dumps(request)) // 4, "completion_tokens": len(pieces)}
+        chunks: list[Json] = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+        chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage})
+        with contextlib.suppress(OSError):  # the client may leave
+            for chunk in chunks:
+                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+                time.sleep(0.005)  # so that one sees it stream
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def start_demo_engine() -> ThreadingHTTPServer:
+    """An engine in this process with no model behind it, on a free port of the loopback."""
+    server = ThreadingHTTPServer((LOOPBACK, 0), _DemoHandler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+# === 5 Request ================================================================================
+# Rule: pure. The same input gives the same bytes, and a conversation that grew by a turn gives a translation that
+# begins with the earlier one: that is what lets the engine's prefix cache read a prompt once.
+
+ERROR_KINDS = {  # HTTP status -> Anthropic's name for it. Source: the Anthropic API reference, "Errors"
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    529: "overloaded_error",
+}
+BILLING_BLOCK = "x-anthropic-billing-header:"  # the client's first system text; it differs per conversation
+
+
+class ApiError(Exception):
+    """An error in the client's own words: an HTTP status, and the message that Anthropic's API would give."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+    def body(self) -> Json:
+        """The JSON of the error, the same as HTTP body and as `event: error`."""
+        kind = ERROR_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the proxy must know of the engine behind it. `name`: what the client calls the model; `model`: what the
+    engine does; `own_tools`: calls are parsed here, from the model's text, and not by the engine; `window`: tokens."""
+
+    url: str
+    name: str = "local"
+    model: str = "default"
+    key: str = ""
+    own_tools: bool = True
+    window: int = 0
+    max_tokens: int = 32768
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+
+def _blocks(content: Any, where: str) -> list[Json]:
+    """Content as a list of blocks: a string is one text block."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+        raise ApiError(400, f"{where}: must be a string or a list of content blocks")
+    return content
+
+
+def _block_text(block: Json) -> str:
+    """What the model reads of one block. What it cannot read is named, never dropped in silence."""
+    kind = block.get("type")
+    if kind == "text":
+        return str(block.get("text") or "")
+    if kind in ("thinking", "redacted_thinking"):
+        return ""
+    source = block.get("source")
+    if kind == "document" and isinstance(source, dict) and source.get("type") == "text":
+        return str(source.get("data") or "")
+    return f"[{kind} content that this model cannot read]"
+
+
+def _join(blocks: Iterable[Json]) -> str:
+    return "\n\n".join(filter(None, map(_block_text, blocks)))
+
+
+def _system_text(system: Any) -> str:
+    texts = (str(block.get("text") or "") for block in _blocks(system, "system"))
+    return "\n\n".join(
+        re.sub(rf"\A{BILLING_BLOCK}[^\n]*\n*", "", text)
+        for text in texts
+        if not re.fullmatch(rf"({BILLING_BLOCK}[^\n]*)?\s*", text)
+    )
+
+
+def _add_user(messages: list[Json], text: str) -> None:
+    """Append to the user turn that stands last, or begin one."""
+    if not text:
+        return
+    if messages and messages[-1]["role"] == "user":
+        messages[-1]["content"] += "\n\n" + text
+    else:
+        messages.append({"role": "user", "content": text})
+
+
+def _add_user_turn(messages: list[Json], blocks: list[Json]) -> None:
+    """A user turn; its tool results come first, each as a message of its own, next to the calls they answer."""
+    for block in blocks:
+        if block.get("type") == "tool_result":
+            text = _join(_blocks(block.get("content"), "tool_result.content"))
+            if block.get("is_error") and "error" not in text[:60].lower():
+                text = f"Error: {text}"
+            messages.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": text})
+    _add_user(messages, _join(block for block in blocks if block.get("type") != "tool_result"))
+
+
+def _add_system_turn(messages: list[Json], blocks: list[Json]) -> None:
+    """A system turn in mid-conversation, folded where it stands: moved to the front it would change the head of the
+    prompt on every turn, and many chat templates refuse it anywhere else."""
+    text = _join(blocks)
+    _add_user(messages, f"<system-reminder>\n{text}\n</system-reminder>" if text else "")
+
+
+def _add_assistant_turn(messages: list[Json], blocks: list[Json]) -> None:
+    """An assistant turn. `content` is "" and never null beside calls: mistral.rs 0.7.0 to 0.9.1 would render them twice."""
+    calls = []
+    for block in blocks:
+        if block.get("type") == "tool_use":
+            arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
+            function = {"name": str(block.get("name") or ""), "arguments": arguments}
+            calls.append({"id": str(block.get("id") or ""), "type": "function", "function": function})
+    text = _join(block for block in blocks if block.get("type") != "tool_use")
+    if not text and not calls:
+        return
+    if messages and messages[-1]["role"] == "assistant":
+        last = messages[-1]
+        last["content"] = "\n\n".join(filter(None, (last["content"], text)))
+    else:
+        last = {"role": "assistant", "content": text}
+        messages.append(last)
+    if calls:
+        last.setdefault("tool_calls", []).extend(calls)
+
+
+_TURNS = {"user": _add_user_turn, "assistant": _add_assistant_turn, "system": _add_system_turn}
+
+
+def _client_tools(body: Json) -> list[Json]:
+    """The tools that the client runs. Tools of Anthropic's servers have no schema, and are left out."""
+    tools = body.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ApiError(400, "tools: must be a list of objects")
+    return [tool for tool in tools if isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict)]
+
+
+def callable_tools(body: Json) -> dict[str, Json]:
+    """The tools that the reply may call: name -> input schema."""
+    choice = body.get("tool_choice")
+    forbidden = isinstance(choice, dict) and choice.get("type") == "none"
+    return {} if forbidden else {tool["name"]: tool["input_schema"] for tool in _client_tools(body)}
+
+
+def _openai_tool(tool: Json) -> Json:
+    parameters = {key: value for key, value in tool["input_schema"].items() if key != "$schema"}
+    function = {"name": tool["name"], "description": str(tool.get("description") or ""), "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(body: Json, own_tools: bool) -> Any:
+    """With our own parser always "none": the template still shows the tools, but the engine's parser and its grammar,
+    which corrupt calls that are correct, stay off."""
+    choice = body.get("tool_choice") if isinstance(body.get("tool_choice"), dict) else {}
+    if own_tools:
+        return "none"
+    if choice.get("type") == "tool":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return {"any": "required", "none": "none"}.get(choice.get("type", ""), "auto")
+
+
+def translate_request(body: Any, target: Target) -> Json:
+    """An Anthropic Messages request -> an OpenAI chat completions request, always streamed.
+
+    Raises ApiError 400 that names the field which is not as it must be."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the request body must be a JSON object")
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise ApiError(400, "messages: at least one message is required")
+    system = _system_text(body.get("system"))
+    messages: list[Json] = [{"role": "system", "content": system}] if system else []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("role") not in _TURNS:
+            raise ApiError(400, f"messages.{number}.role: must be user, assistant or system")
+        _TURNS[turn["role"]](messages, _blocks(turn.get("content"), f"messages.{number}.content"))
+    if all(message["role"] == "system" for message in messages):
+        raise ApiError(400, "messages: text content is required")
+    wanted = body.get("max_tokens")
+    request: Json = {
+        "model": target.model,
+        "messages": messages,
+        "max_tokens": min(wanted, target.max_tokens) if type(wanted) is int and wanted > 0 else target.max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **target.sampling,
+        **{name: body[name] for name in ("temperature", "top_p", "top_k") if isinstance(body.get(name), (int, float))},
+    }
+    tools = [_openai_tool(tool) for tool in _client_tools(body)]
+    if tools:
+        request["tools"] = tools
+        request["tool_choice"] = _tool_choice(body, target.own_tools)
+    stops = body.get("stop_sequences")
+    if isinstance(stops, list) and stops:
+        request["stop"] = stops
+    return request
+
+
+def estimate_tokens(request: Json) -> int:
+    """About how many tokens an OpenAI request is. English and JSON have 3 to 4 characters a token."""
+    counted = {"messages": request["messages"], "tools": request.get("tools", [])}
+    return max(1, int(len(json.dumps(counted, ensure_ascii=False)) / 3.5))
+
+
+# === 6 Tool text ==============================================================================
+# Rule: pure. Text goes in as it is generated, in pieces cut anywhere; text, thinking and calls come out, the arguments
+# as they are generated. A format is one row of TOOL_FORMATS: its openers and the reader that begins there.
+
+TextEvent = tuple[str, str]  # ("text", s), ("thinking", s), ("call", tool name) or ("arguments", a fragment of JSON)
+Reader = Generator[None, None, Any]  # a parser that yields when it needs more text
+
+_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_PLAIN_JSON = re.compile(r"[^\"'\\\x00-\x1f]+|'")  # inside a string, up to what needs a look
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+class JsonRepair:
+    """One JSON value as a stream: what is correct passes through, what has exactly one sensible reading is corrected
+    (trailing comma, single quotes, raw newline or invalid escape in a string, Python's words), the rest passes as it is.
+
+    `done`: the value is complete; `stopped`: it was ended by "<", which no JSON has outside a string."""
+
+    def __init__(self) -> None:
+        self.done = self.stopped = False
+        self._stack: list[str] = []
+        self._quote = ""
+        self._escaped = False
+        self._held = ""  # a comma and the space behind it, until it is known that it does not trail
+        self._word = ""
+
+    def feed(self, text: str) -> tuple[int, str]:
+        """-> (characters used, JSON to hand on)."""
+        out: list[str] = []
+        at = 0
+        while at < len(text) and not (self.done or self.stopped):
+            at = self._in_string(text, at, out) if self._quote else self._outside(text, at, out)
+        return at, "".join(out)
+
+    def close(self) -> str:
+        """What completes a value that ended naturally but for its last brackets; "" inside a string."""
+        if self._quote:
+            return ""
+        out: list[str] = []
+        self._end_word(out)
+        closers = "".join("}" if bracket == "{" else "]" for bracket in reversed(self._stack))
+        self._stack, self._held, self.done = [], "", True
+        return "".join(out) + closers
+
+    def _end_word(self, out: list[str]) -> None:
+        if self._word:
+            out.append(_WORDS.get(self._word, self._word))
+            self._word = ""
+            self.done = not self._stack
+
+    def _outside(self, text: str, at: int, out: list[str]) -> int:
+        char = text[at]
+        if char.isalnum() or char in "+-._":
+            out.append(self._held)
+            self._held = ""
+            self._word += char
+            return at + 1
+        self._end_word(out)
+        if self.done:
+            return at
+        if char == "<":
+            self.stopped = True
+            return at
+        if char == "," or (self._held and char.isspace()):
+            self._held += char
+            return at + 1
+        if char in "}]":
+            self._held = ""
+        out.append(self._held)
+        self._held = ""
+        if char in "\"'":
+            self._quote, char = char, '"'
+        elif char in "{[":
+            self._stack.append(char)
+        elif char in "}]" and self._stack:
+            self._stack.pop()
+            self.done = not self._stack
+        out.append(char)
+        return at + 1
+
+    def _in_string(self, text: str, at: int, out: list[str]) -> int:
+        char = text[at]
+        if self._escaped:
+            self._escaped = False
+            out.append(
+                "\\" + char if char in '"\\/bfnrtu' else "'" if char == "'" else "\\\\" + _ESCAPES.get(char, char)
+            )
+        elif char == "\\":
+            self._escaped = True
+        elif char == self._quote:
+            self._quote = ""
+            out.append('"')
+            self.done = not self._stack
+        elif char == '"':
+            out.append('\\"')
+        elif char < " ":
+            out.append(_ESCAPES.get(char, f"\\u{ord(char):04x}"))
+        else:
+            end = _PLAIN_JSON.match(text, at).end()  # type: ignore[union-attr]  (it matches one character at least)
+            out.append(text[at:end])
+            return end
+        return at + 1
+
+
+def _json_text(text: str) -> str:
+    """`text` as the inside of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _partial(text: str, words: Iterable[str]) -> int:
+    """How many characters at the end of `text` could be the beginning of one of `words`."""
+    longest = 0
+    for word in words:
+        start = max(0, len(text) - len(word) + 1)
+        while (start := text.find(word[0], start)) >= 0:
+            if word.startswith(text[start:]):
+                longest = max(longest, len(text) - start)
+                break
+            start += 1
+    return longest
+
+
+def _coerce(value: str, schema: Any) -> str | None:
+    """A parameter in XML as JSON by its schema; None if it is a string, which can be handed on unread."""
+    types = schema.get("type", "string") if isinstance(schema, dict) else "string"
+    types = types if isinstance(types, list) else [types]
+    if "string" in types:
+        return None
+    text = _WORDS.get(value.strip(), value.strip())
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    except ValueError:
+        return json.dumps(value, ensure_ascii=False)  # the client tells the model what it should have been
+
+
+class ToolText:
+    """The text of one reply, parsed as it comes. `tools`: name -> input schema; only these names start a call.
+
+    The parser is one generator over a growing buffer: each step either has what it needs or yields for more, so
+    where the stream was cut makes no difference. A reader looks ahead from `_at` and takes nothing away before it
+    knows that a call begins; until then it may return False, and what it saw stays text."""
+
+    def __init__(self, tools: Mapping[str, Json]) -> None:
+        self._tools = tools
+        self._openers = tuple({opener: None for row in TOOL_FORMATS for opener in row.openers}) if tools else ()
+        self._find = re.compile("|".join(map(re.escape, self._openers)) or r"(?!)")
+        self._buffer, self._at = "", 0
+        self._final = self._natural = False
+        self._said: list[str] = []
+        self._events: list[TextEvent] = []
+        self._parser = self._run()
+        next(self._parser)
+
+    def feed(self, text: str) -> list[TextEvent]:
+        """The next piece of the model's output -> what is now known."""
+        self._buffer += text
+        return self._advance()
+
+    def end(self, natural: bool) -> list[TextEvent]:
+        """The output is over -> the rest. `natural`: the model ended it, so that a missing last bracket may be added."""
+        self._final, self._natural = True, natural
+        return self._advance()
+
+    def _advance(self) -> list[TextEvent]:
+        next(self._parser, None)
+        events, self._events = self._events, []
+        return events
+
+    def _run(self) -> Reader:
+        yield
+        yield from self._read_thinking()
+        while True:
+            opener = self._find.search(self._buffer)
+            if opener:
+                self._say(opener.start())
+                if not (yield from self._read_call(opener[0])):
+                    self._say(1)
+                continue
+            self._say(len(self._buffer) if self._final else len(self._buffer) - _partial(self._buffer, self._openers))
+            if self._final:
+                return
+            yield
+
+    def _say(self, count: int) -> None:
+        """Hand on the first `count` characters as text."""
+        if count:
+            self._said.append(self._buffer[:count])
+            self._events.append(("text", self._buffer[:count]))
+            self._buffer, self._at = self._buffer[count:], 0
+
+    def _read_call(self, opener: str) -> Reader:
+        """Whether a call begins here (then it has been read). Not in code, where people write about calls."""
+        said = "".join(self._said[-200:])
+        in_code = said.endswith("`") or len(re.findall(r"(?m)^[ \t]*(?:```|~~~)", "".join(self._said))) % 2
+        for row in TOOL_FORMATS if not in_code else ():
+            self._at = 0
+            if opener in row.openers and (yield from row.read(self)):
+                return True
+        self._at = 0
+        return False
+
+    # Small steps. Each looks at the buffer from `_at`, and yields when that is not enough to decide.
+
+    def _space(self) -> Reader:
+        """Skip white space -> the character behind it, "" at the end."""
+        while True:
+            while self._at < len(self._buffer):
+                if not self._buffer[self._at].isspace():
+                    return self._buffer[self._at]
+                self._at += 1
+            if self._final:
+                return ""
+            yield
+
+    def _literal(self, text: str) -> Reader:
+        """Whether `text` comes next; if so it is passed."""
+        while True:
+            have = self._buffer[self._at : self._at + len(text)]
+            if have == text:
+                self._at += len(text)
+                return True
+            if self._final or not text.startswith(have):
+                return False
+            yield
+
+    def _name_until(self, stop: str, names: Iterable[str] | None = None) -> Reader:
+        """The word up to `stop`, which is passed; None as soon as it can be none of `names` (default: the tools)."""
+        names = list(self._tools if names is None else names)
+        while True:
+            name, found, _ = self._buffer[self._at :].partition(stop)
+            if found:
+                self._at += len(name) + len(stop)
+                return name if name in names else None
+            if self._final or not any(known.startswith(name) for known in names):
+                return None
+            yield
+
+    def _value(self) -> Reader:
+        """One JSON value whole, repaired."""
+        repair, parts = JsonRepair(), []
+        while True:
+            used, part = repair.feed(self._buffer[self._at :])
+            self._at += used
+            parts.append(part)
+            if repair.done or repair.stopped or self._final:
+                return "".join(parts)
+            yield
+
+    def _begin(self, name: str) -> None:
+        """A call begins: what was looked at is used up."""
+        self._events.append(("call", name))
+        self._drop()
+
+    def _drop(self) -> None:
+        self._buffer, self._at = self._buffer[self._at :], 0
+
+    def _argue(self, fragment: str) -> None:
+        if fragment:
+            self._events.append(("arguments", fragment))
+
+    # Readers.
+
+    def _read_thinking(self) -> Reader:
+        """`<think>...</think>` at the very beginning of a reply."""
+        yield from self._space()
+        if not (yield from self._literal("<think>")):
+            self._at = 0
+            return
+        self._drop()
+        while True:
+            end = self._buffer.find("</think>")
+            count = (
+                end if end >= 0 else len(self._buffer) - (0 if self._final else _partial(self._buffer, ("</think>",)))
+            )
+            if count:
+                self._events.append(("thinking", self._buffer[:count]))
+                self._buffer = self._buffer[count:]
+            if end >= 0:
+                self._buffer = self._buffer[len("</think>") :]
+                return
+            if self._final:
+                return
+            yield
+
+    def _read_json_call(self) -> Reader:
+        """`<tool_call>{"name": N, "arguments": {...}}</tool_call>`, the keys in either order."""
+        yield from self._literal("<tool_call>")
+        if (yield from self._space()) != "{":
+            return False
+        self._at += 1
+        name = early = key = ""
+        while not (name and early):
+            quote = yield from self._space()
+            if quote == "," and key:
+                self._at += 1
+                continue
+            if quote == "}" and name:  # a call without arguments
+                break
+            if not quote or quote not in "\"'":
+                return False
+            self._at += 1
+            key = yield from self._name_until(quote, ("name", "arguments", "parameters", "id", "type"))
+            if key is None or (yield from self._space()) != ":":
+                return False
+            self._at += 1
+            first = yield from self._space()
+            if key == "name":
+                self._at += 1
+                name = (yield from self._name_until(first)) if first and first in "\"'" else None
+                if not name:
+                    return False
+            elif key in ("arguments", "parameters") and name:
+                self._begin(name)
+                yield from self._stream_arguments(first)
+                yield from self._pass_json_end()
+                return True
+            else:
+                value = yield from self._value()
+                early = value if key in ("arguments", "parameters") else early
+        self._begin(name)
+        self._argue(_object_text(early))
+        yield from self._pass_json_end()
+        return True
+
+    def _stream_arguments(self, first: str) -> Reader:
+        """The arguments' value, handed on as it comes; an object written as a JSON string is unpacked when whole."""
+        if first != "{":
+            self._argue(_object_text((yield from self._value())) if first else "{")  # "{": cut off, and not to be run
+            return
+        repair = JsonRepair()
+        while True:
+            used, fragment = repair.feed(self._buffer[self._at :])
+            self._at += used
+            self._drop()
+            self._argue(fragment)
+            if repair.done:
+                return
+            if repair.stopped or self._final:
+                if repair.stopped or self._natural:
+                    self._argue(repair.close())
+                return
+            yield
+
+    def _pass_json_end(self) -> Reader:
+        """Pass what may stand between the arguments and the closing tag, and the tag."""
+        while (char := (yield from self._space())) and char in "}]:,\"'":
+            if char in "\"'":
+                yield from self._value()
+            else:
+                self._at += 1
+        yield from self._literal("</tool_call>")
+        self._drop()
+
+    def _read_xml_call(self) -> Reader:
+        """`<function=N><parameter=K>V</parameter>...</function>`, in `<tool_call>` or, as Qwen3-Coder often does, without it."""
+        tagged = yield from self._literal("<tool_call>")
+        yield from self._space()
+        if not (yield from self._literal("<function=")):
+            return False
+        name = yield from self._name_until(">")
+        if not name:
+            return False
+        behind = self._at
+        yield from self._space()
+        parameter = yield from self._literal("<parameter=")
+        if not parameter and not (yield from self._literal("</function>")) and not (tagged and self._final):
+            return False  # prose
+        self._at = behind
+        self._begin(name)
+        properties = self._tools[name].get("properties")
+        properties = properties if isinstance(properties, dict) else {}
+        before = "{"
+        while True:
+            yield from self._space()
+            if not (yield from self._literal("<parameter=")):
+                break
+            key = yield from self._parameter_name()
+            if key is None:
+                break
+            self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+            before = ", "
+            self._drop()
+            if not (yield from self._xml_value(properties.get(key))):
+                return True
+        complete = (yield from self._literal("</function>")) or not self._final or self._natural
+        self._argue(("{" if before == "{" else "") + ("}" if complete else ""))
+        yield from self._space()
+        yield from self._literal("</tool_call>")
+        self._drop()
+        return True
+
+    def _parameter_name(self) -> Reader:
+        while (end := self._buffer.find(">", self._at)) < 0:
+            if self._final:
+                return None
+            yield
+        key = self._buffer[self._at : end].strip()
+        self._at = end + 1
+        return key
+
+    def _xml_value(self, schema: Any) -> Reader:
+        """One parameter's value up to its end -> whether it has one. A string is handed on as it comes.
+
+        `</parameter>` ends it only where the next parameter or the call's end follows: code may contain the tag.
+        `</function></tool_call>` ends it too: the tag in front is sometimes forgotten."""
+        streamed = _coerce("", schema) is None
+        parts: list[str] = []
+
+        def take(count: int) -> None:
+            if streamed:
+                self._argue(_json_text(self._buffer[:count]))
+            parts.append(self._buffer[:count] if not streamed else "")
+            self._buffer, self._at = self._buffer[count:], 0
+
+        if streamed:
+            self._argue('"')
+        if (yield from self._literal("\n")):
+            self._drop()
+        stops = ("\n</parameter>", "</parameter>", "\n</function>", "</function>")
+        while True:
+            stop = re.search(r"\n?</(?:parameter|function)>", self._buffer)
+            if stop:
+                take(stop.start())
+                if (yield from self._ends_value(stop[0])):
+                    break
+                take(len(stop[0]))
+                continue
+            take(len(self._buffer) - (0 if self._final else _partial(self._buffer, stops)))
+            if self._final:
+                if not self._natural:
+                    return False
+                break
+            yield
+        self._drop()
+        self._argue('"' if streamed else str(_coerce("".join(parts), schema)))
+        return True
+
+    def _ends_value(self, stop: str) -> Reader:
+        """Whether the tag at the beginning of the buffer really ends a value; `_at` is then where the call goes on."""
+        self._at = len(stop)
+        followers = ("</tool_call>",) if "function" in stop else ("<parameter=", "</function>", "</tool_call>")
+        char = yield from self._space()
+        behind = self._at
+        ends = not char and self._natural
+        for follower in followers:
+            ends = ends or (yield from self._literal(follower))
+        self._at = 0 if "function" in stop and ends else behind
+        return ends
+
+
+def _object_text(value: str) -> str:
+    """The arguments of a call as an object: unpacked from a JSON string, {} for nothing."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(value) if value else None
+        if isinstance(content, str):
+            return content
+        if content is None:
+            return "{}"
+    return value
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """One way in which models write calls. `openers`: what a call can begin with; `read`: the reader to try there."""
+
+    name: str
+    openers: tuple[str, ...]
+    read: Callable[[ToolText], Reader]
+
+
+TOOL_FORMATS = (
+    # Source: the chat templates of Qwen2.5, Qwen3 and Hermes 2 Pro
+    ToolFormat("hermes", ("<tool_call>",), ToolText._read_json_call),
+    # Source: the chat template of Qwen3-Coder; its opener is often missing (llama.cpp#16755)
+    ToolFormat("qwen3-coder", ("<tool_call>", "<function="), ToolText._read_xml_call),
+)
+
+
+# === 7 Reply ==================================================================================
+# Rule: pure. OpenAI chunks in, Anthropic events out, in the one legal order: message_start, then blocks that are opened,
+# filled and closed one after the other, then message_delta and message_stop; or an error, after which nothing comes.
+
+Event = Json  # as in the data line of the client's stream; its "type" is the event's name
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+# How engines say that a prompt is too long -> the limit in tokens. Source: mistralrs-core at v0.6.0 to v0.9.2,
+# vllm/entrypoints (the last two).
+OVERFLOWS = (
+    r"Prompt sequence length is greater than (?P<limit>\d+)",
+    r"exceeds the total KV cache capacity of (?P<limit>\d+)",
+    r"maximum context length (?:is|of) (?P<limit>\d+) tokens",
+    r"maximum model length of (?P<limit>\d+)",
+)
+
+
+class EventStream:
+    """Server-sent events from bytes cut anywhere -> the text of each `data:` line. Comments and other fields are passed over."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """More bytes -> the payloads that are now whole."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line[5:].strip().decode("utf-8", "replace") for line in lines if line.startswith(b"data:")]
+
+
+def engine_error(status: int, text: str, prompt_tokens: int) -> ApiError:
+    """An engine's error (JSON or plain text) in the client's words. An overflow makes the client compact and go on."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(text)
+        if isinstance(content, dict):
+            inner = content.get("error", content.get("message", content))
+            text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+    for pattern in OVERFLOWS:
+        found = re.search(pattern, text)
+        if found:
+            limit = int(found["limit"])
+            return ApiError(400, f"prompt is too long: {max(prompt_tokens, limit + 1)} tokens > {limit} maximum")
+    return ApiError(status if status in ERROR_KINDS else 500, f"the engine: {text.strip() or f'HTTP status {status}'}")
+
+
+def read_chunk(payload: str) -> Json | None:
+    """A chunk of the engine; None for an error, which older generations send as plain text."""
+    with contextlib.suppress(ValueError):
+        chunk = json.loads(payload)
+        if isinstance(chunk, dict) and "error" not in chunk and chunk.keys() & {"choices", "usage"}:
+            return chunk
+    return None
+
+
+class Reply:
+    """One reply, as a state machine. `prompt_tokens`: an estimate, until the engine says it exactly;
+    `new_id`: a fresh text for an id."""
+
+    def __init__(self, model: str, prompt_tokens: int, tools: Mapping[str, Json], new_id: Callable[[], str]) -> None:
+        self._model, self._new_id = model, new_id
+        self._text = ToolText(tools)
+        self._events: list[Event] = []
+        self._state = "new"  # -> "open" -> "ended"
+        self._block = ""  # the type of the open block
+        self._index = -1
+        self._space = ""  # white space that shows only if text follows
+        self._calls = 0
+        self._engine_call: Any = None
+        self._reason = ""
+        self._output = 0
+        self._prompt, self._cached = prompt_tokens, 0
+
+    @property
+    def usage(self) -> Json:
+        """Tokens so far. What the engine had cached is not counted as input a second time."""
+        return {
+            "input_tokens": max(0, self._prompt - self._cached),
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": self._cached,
+            "output_tokens": self._output,
+        }
+
+    def start(self) -> list[Event]:
+        """message_start, once."""
+        if self._state == "new":
+            self._state = "open"
+            message = {"id": "msg_" + self._new_id(), "type": "message", "role": "assistant", "model": self._model}
+            later = {
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": {**self.usage, "output_tokens": 0},
+            }
+            self._emit("message_start", message={**message, **later})
+        return self._take()
+
+    def feed(self, chunk: Json) -> list[Event]:
+        """One OpenAI chunk -> its events."""
+        if self._state == "ended":
+            return []
+        first = self.start()
+        self._count(chunk.get("usage"))
+        choices = chunk.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(thought, str):
+            self._apply([("thinking", thought)])
+        if isinstance(delta.get("content"), str) and delta["content"]:
+            self._output += not chunk.get("usage")
+            self._apply(self._text.feed(delta["content"]))
+        for call in delta.get("tool_calls") or []:
+            self._call_of_engine(call)
+        self._reason = choice.get("finish_reason") or self._reason
+        return first + self._take()
+
+    def finish(self, done: bool) -> list[Event]:
+        """The engine's stream is over; `done`: it said so, and was not cut off."""
+        if self._state == "ended":
+            return []
+        if not self._reason and not done:
+            return self.fail(ApiError(500, "the engine's answer was cut off"))
+        first = self.start()
+        self._apply(self._text.end(natural=self._reason != "length"))
+        self._close()
+        self._state = "ended"
+        reason = STOP_REASONS.get(self._reason, "end_turn")
+        if self._calls and reason != "max_tokens":
+            reason = "tool_use"
+        self._emit("message_delta", delta={"stop_reason": reason, "stop_sequence": None}, usage=self.usage)
+        self._emit("message_stop")
+        return first + self._take()
+
+    def fail(self, error: ApiError) -> list[Event]:
+        """The reply ends with an error. Nothing is completed: an open call stays open."""
+        if self._state == "ended":
+            return []
+        self._state = "ended"
+        self._events.append(error.body())
+        return self._take()
+
+    def _emit(self, kind: str, **fields: Any) -> None:
+        self._events.append({"type": kind, **fields})
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _count(self, usage: Any) -> None:
+        if not isinstance(usage, dict):
+            return
+        details = usage.get("prompt_tokens_details")
+        self._prompt = usage.get("prompt_tokens") or self._prompt
+        self._output = usage.get("completion_tokens") or self._output
+        self._cached = (details.get("cached_tokens") or 0) if isinstance(details, dict) else self._cached
+
+    def _apply(self, events: Iterable[TextEvent]) -> None:
+        for kind, text in events:
+            if kind == "text":
+                self._say(text)
+            elif kind == "thinking":
+                self._open("thinking", thinking="", signature="")
+                self._delta("thinking_delta", thinking=text)
+            elif kind == "call":
+                self._begin_call(text, "")
+            else:
+                self._delta("input_json_delta", partial_json=text)
+
+    def _say(self, text: str) -> None:
+        """Text. White space opens no block and leading empty lines do not show, as around calls and behind thinking."""
+        if self._block != "text":
+            text = self._space + text
+            if not text.strip():
+                self._space = text
+                return
+            text = text.lstrip("\r\n")
+        self._open("text", text="")
+        self._delta("text_delta", text=text)
+
+    def _begin_call(self, name: str, call_id: str) -> None:
+        self._close()
+        self._calls += 1
+        self._open("tool_use", id=call_id or "toolu_" + self._new_id(), name=name, input={})
+
+    def _call_of_engine(self, call: Any) -> None:
+        """A call that the engine parsed: whole, or as deltas; index and id may be missing."""
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            return
+        identity = call.get("index", call.get("id"))
+        if function.get("name") and (self._block != "tool_use" or identity is None or identity != self._engine_call):
+            self._begin_call(str(function["name"]), str(call.get("id") or ""))
+            self._engine_call = identity
+        arguments = function.get("arguments")
+        if arguments and self._block == "tool_use":
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            self._delta("input_json_delta", partial_json=text)
+
+    def _open(self, kind: str, **content: Any) -> None:
+        if self._block != kind:
+            self._close()
+            self._block = kind
+            self._index += 1
+            self._emit("content_block_start", index=self._index, content_block={"type": kind, **content})
+
+    def _delta(self, kind: str, **content: Any) -> None:
+        self._emit("content_block_delta", index=self._index, delta={"type": kind, **content})
+
+    def _close(self) -> None:
+        if self._block:
+            self._emit("content_block_stop", index=self._index)
+        self._block = self._space = ""
+
+
+def encode_events(events: Iterable[Event]) -> bytes:
+    """Events as server-sent events."""
+    lines = (f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    return "".join(lines).encode("utf-8", "replace")
+
+
+def collect(events: Iterable[Event]) -> Json:
+    """The message that a whole stream of events describes. Raises ApiError if it ended in an error."""
+    message: Json = {}
+    arguments = ""
+    for event in events:
+        kind, blocks = event["type"], message.get("content", [])
+        if kind == "message_start":
+            message = {**event["message"], "content": []}
+        elif kind == "content_block_start":
+            blocks.append(dict(event["content_block"]))
+            arguments = ""
+        elif kind == "content_block_delta":
+            (name, fragment) = next((key, value) for key, value in event["delta"].items() if key != "type")
+            if name == "partial_json":
+                arguments += fragment
+            else:
+                blocks[-1][name] += fragment
+        elif kind == "content_block_stop" and blocks[-1]["type"] == "tool_use":
+            try:
+                blocks[-1]["input"] = json.loads(arguments or "{}")
+            except ValueError:
+                blocks.pop()  # a call that was cut off must not look like one to run; the stop reason says so
+        elif kind == "message_delta":
+            message.update(event["delta"], usage=event["usage"])
+        elif kind == "error":
+            statuses = {name: status for status, name in ERROR_KINDS.items()}
+            raise ApiError(statuses.get(event["error"]["type"], 500), event["error"]["message"])
+    return message
+
+
+# === 8 Proxy ==================================================================================
+# Rule: sockets and threads around sections 5 to 7, and nothing else. Each request has one thread, which waits for the
+# engine and for the client leaving at the same time.
+
+FIRST_WORD_SECONDS = 2.0  # before the reply is begun: an error can still have its HTTP status
+PING_SECONDS = 5.0
+STALL_SECONDS = 900.0
+BODY_LIMIT = 64 << 20  # bytes
+
+
+class _PrivateLog(logging.handlers.RotatingFileHandler):
+    def _open(self) -> Any:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
+class DebugLog:
+    """`~/.anyclaude/logs/debug.log`. Level 1: a line a request; 2: bodies; 3: every event. Secrets at no level."""
+
+    def __init__(self, level: int, hidden: Iterable[str]) -> None:
+        self._level, self._hidden = level, [secret for secret in hidden if secret]
+        self._file = _PrivateLog(state_path("logs", "debug.log"), maxBytes=10 << 20, backupCount=3) if level else None
+
+    def __call__(self, level: int, text: str | Callable[[], str]) -> None:
+        """Write `text` (or what it returns, so that nothing is made in vain) if this level is wanted."""
+        if self._file and level <= self._level:
+            shown = text if isinstance(text, str) else text()
+            for secret in self._hidden:
+                shown = shown.replace(secret, "[secret]")
+            shown = time.strftime("%Y-%m-%d %H:%M:%S ") + shown
+            self._file.handle(logging.LogRecord("anyclaude", logging.INFO, "", 0, shown, None, None))
+
+
+class ChunkedBody:
+    """The content of an HTTP body in chunks, from bytes cut anywhere. `ended`: its last chunk was seen."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._rest = b""
+        self._left = 0  # of the chunk that is being read, with the line end behind it
+
+    def feed(self, data: bytes) -> bytes:
+        """More bytes -> the content in them."""
+        data, at, out = self._rest + data, 0, []
+        while not self.ended:
+            if self._left:
+                piece = data[at : at + self._left]
+                out.append(piece[: max(0, self._left - 2)])
+                at, self._left = at + len(piece), self._left - len(piece)
+            end = data.find(b"\n", at)
+            if self._left or end < 0:
+                break
+            size = int(data[at:end].partition(b";")[0], 16)
+            at, self._left, self.ended = end + 1, size + 2, size == 0
+        self._rest = data[at:]
+        return b"".join(out)
+
+
+class _Upstream:
+    """One streamed chat completion of the engine, read while the client is watched: when that leaves, in prefill too,
+    the engine's connection is closed, which is how it learns to stop.
+
+    The reply is read from the socket itself: http.client would wait for bytes where the client must be watched."""
+
+    def __init__(self, target: Target, payload: bytes, client: socket.socket) -> None:
+        parts = urllib.parse.urlsplit(target.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=10)
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Connection": "close"}
+        if target.key:
+            headers["Authorization"] = f"Bearer {target.key}"
+        connection.request("POST", f"{parts.path}/chat/completions", payload, headers)
+        self.status, self.ended, self.error = 0, False, b""  # `error`: the body, if the status is not 200
+        self._head, self._chunks = b"", ChunkedBody()
+        self._is_chunked = False
+        self._client, self._socket = client, connection.sock
+        self._poll = selectors.DefaultSelector()
+        for one in (self._socket, client):
+            self._poll.register(one, selectors.EVENT_READ)
+
+    def wait(self, seconds: float) -> str:
+        """What comes first: "data" to read, "gone" (the client left), or "silence"."""
+        deadline = time.monotonic() + seconds
+        while True:
+            pending = getattr(self._socket, "pending", int)()  # what TLS has read already; polling does not see it
+            ready = [
+                key.fileobj for key, _ in self._poll.select(0 if pending else max(0.0, deadline - time.monotonic()))
+            ]
+            if self._client in ready:
+                try:
+                    if not self._client.recv(1, socket.MSG_PEEK):
+                        return "gone"
+                except OSError:
+                    return "gone"
+                self._poll.unregister(self._client)  # its next request, which waits its turn
+            if pending or self._socket in ready:
+                return "data"
+            if not ready:
+                return "silence"
+
+    def read(self) -> bytes:
+        """Read once -> the content that came; `status` is 0 until the head is whole. Raises OSError and ValueError."""
+        data = self._socket.recv(1 << 18)
+        self.ended = not data
+        if not self.status:
+            self._head += data
+            head, found, data = self._head.partition(b"\r\n\r\n")
+            if not found:
+                return b""
+            self.status = int(head.split(None, 2)[1])
+            self._is_chunked = bool(re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head))
+        if self._is_chunked:
+            data = self._chunks.feed(data)
+            self.ended = self.ended or self._chunks.ended
+        if self.status != 200:
+            self.error += data
+        return data
+
+    def close(self) -> None:
+        """Leave; the engine sees it at once."""
+        self._poll.close()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class _ClientLeft(Exception):
+    """The client closed its connection."""
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    """The Anthropic API, as much of it as Claude Code uses; anything else is a 404 and goes nowhere."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+    _began = False  # the head of the answer is out
+
+    def do_HEAD(self) -> None:
+        self._send(200 if self.path in ("/", "/api/hello") else 404, b"")
+
+    def do_GET(self) -> None:
+        """Any other method: answer, whatever happens, and write one line about it."""
+        started, self._began = time.monotonic(), False
+        path = urllib.parse.urlsplit(self.path).path
+        outcome = "ok"
+        try:
+            self._route(path, self._read_body())
+        except ApiError as error:
+            outcome = f"{error.status} {error.message}"
+            self._send_json(error.status, error.body())
+        except (_ClientLeft, ConnectionError) as error:
+            outcome, self.close_connection = f"the client left {error}", True
+        except Exception as error:  # noqa: BLE001  a defect: the client gets an error, the person a traceback in the log
+            outcome, self.close_connection = f"internal error: {error!r}", True
+            self.server.debug(1, traceback.format_exc)
+            if not self._began:
+                self._send_json(500, ApiError(500, f"anyclaude: {error!r}").body())
+        self.server.debug(1, f"{self.command} {path} {time.monotonic() - started:.3f} s: {outcome}")
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+    def _route(self, path: str, body: bytes) -> None:
+        if (self.command, path) == ("GET", "/health"):
+            return self._send_json(200, {"status": "ok"})
+        self._authorize()
+        routes = {
+            ("POST", "/v1/messages"): self._messages,
+            ("POST", "/v1/messages/count_tokens"): self._count_tokens,
+            ("GET", "/v1/models"): self._models,
+        }
+        if (self.command, path) not in routes:
+            raise ApiError(404, f"{self.command} {path} is not served here")
+        return routes[self.command, path](body)
+
+    def _read_body(self) -> bytes:
+        length = self.headers.get("Content-Length", "0")
+        keep, self.close_connection = not self.close_connection, True  # until the whole body is read
+        if "Transfer-Encoding" in self.headers or not re.fullmatch(r"[0-9]{1,18}", length):
+            raise ApiError(400, "a Content-Length header is required")
+        if int(length) > BODY_LIMIT:
+            raise ApiError(413, f"the request has {length} bytes, and {BODY_LIMIT} is the maximum")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise _ClientLeft
+        self.close_connection = not keep
+        return body
+
+    def _authorize(self) -> None:
+        bearer = re.sub(r"(?i)\Abearer +", "", self.headers.get("Authorization", ""))
+        for given in (bearer, self.headers.get("x-api-key", "")):
+            if hmac.compare_digest(given.encode("utf-8", "replace"), self.server.token.encode()):
+                return
+        raise ApiError(401, "this proxy serves only the session it was started for (wrong or missing token)")
+
+    def _translated(self, body: bytes) -> tuple[Json, Json]:
+        """-> (the client's request, its translation)."""
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the request body is not valid JSON: {error}") from None
+        self.server.debug(2, lambda: f"from the client: {json.dumps(request, ensure_ascii=False)}")
+        translated = translate_request(request, self.server.target)
+        self.server.debug(2, lambda: f"to the engine: {json.dumps(translated, ensure_ascii=False)}")
+        return request, translated
+
+    def _models(self, body: bytes) -> None:
+        name = self.server.target.name
+        entry = {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"}
+        self._send_json(200, {"data": [entry], "has_more": False, "first_id": name, "last_id": name})
+
+    def _count_tokens(self, body: bytes) -> None:
+        self._send_json(200, {"input_tokens": estimate_tokens(self._translated(body)[1])})
+
+    def _messages(self, body: bytes) -> None:
+        request, translated = self._translated(body)
+        target, tokens = self.server.target, estimate_tokens(translated)
+        reply = Reply(target.name, tokens, callable_tools(request), lambda: secrets.token_hex(12))
+        try:
+            upstream = _Upstream(
+                target, json.dumps(translated, ensure_ascii=False).encode("utf-8", "replace"), self.connection
+            )
+        except (OSError, http.client.HTTPException) as error:
+            raise ApiError(529, f"the engine does not answer at {target.url} ({error})") from None
+        with contextlib.closing(upstream):
+            batches = self._relay(upstream, reply, tokens)
+            if not request.get("stream"):
+                return self._send_json(200, collect(event for events in batches for event in events))
+            for events in batches:
+                if not self._began:
+                    self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
+                data = encode_events(events)
+                self.server.debug(3, lambda: f"to the client: {data.decode()}")  # noqa: B023  called at once
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _relay(self, upstream: _Upstream, reply: Reply, tokens: int) -> Iterator[list[Event]]:
+        """The reply's events as the engine answers, one batch a read; a ping after silence. Raises ApiError as long as
+        nothing was yielded, and _ClientLeft."""
+        stream, begun, ended = EventStream(), False, False
+        heard = said = time.monotonic()
+        while not ended:
+            patience = PING_SECONDS if begun else FIRST_WORD_SECONDS
+            what = upstream.wait(max(0.0, said + patience - time.monotonic()))
+            events: list[Event] = []
+            if what == "gone":
+                raise _ClientLeft
+            if what == "data":
+                heard = time.monotonic()
+                events, ended = self._read_events(upstream, reply, stream, tokens)
+            elif time.monotonic() - heard > STALL_SECONDS:
+                events, ended = reply.fail(ApiError(500, f"the engine was silent for {STALL_SECONDS:.0f} s")), True
+            if not events and time.monotonic() - said >= patience:
+                events = [*reply.start(), {"type": "ping"}]
+            if events and not begun and events[0]["type"] == "error":
+                collect(events)  # raises it, as an HTTP status
+            if events:
+                begun, said = True, time.monotonic()
+                yield events
+
+    def _read_events(
+        self, upstream: _Upstream, reply: Reply, stream: EventStream, tokens: int
+    ) -> tuple[list[Event], bool]:
+        """One read of the engine, all its lines translated -> (events, whether that was the end)."""
+        try:
+            data = upstream.read()
+        except (OSError, ValueError, IndexError) as error:
+            return reply.fail(ApiError(500, f"the connection to the engine broke: {error!r}")), True
+        if upstream.status not in (0, 200):
+            text = upstream.error.decode("utf-8", "replace")
+            return (reply.fail(engine_error(upstream.status, text, tokens)), True) if upstream.ended else ([], False)
+        events: list[Event] = []
+        for payload in stream.feed(data):
+            self.server.debug(3, f"from the engine: {payload}")
+            if payload == "[DONE]":
+                return events + reply.finish(done=True), True
+            chunk = read_chunk(payload)
+            if chunk is None:
+                return events + reply.fail(engine_error(500, payload, tokens)), True
+            events += reply.feed(chunk)
+        return (events + reply.finish(done=False), True) if upstream.ended else (events, False)
+
+    def _send_json(self, status: int, content: Json) -> None:
+        self._send(status, json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+
+    def _send(self, status: int, body: bytes) -> None:
+        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        self._began = True
+        self.send_response(status)
+        for name, value in {**headers, **({"Connection": "close"} if self.close_connection else {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass  # the debug log has its own line
+
+
+class Proxy(ThreadingHTTPServer):
+    """The proxy of one session, on the loopback, for those who have its token."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, port: int, target: Target, debug_level: int = 0) -> None:
+        self.target, self.token = target, secrets.token_urlsafe(32)
+        self.debug = DebugLog(debug_level, (self.token, target.key))
+        try:
+            super().__init__((LOOPBACK, port), ProxyHandler)
+        except OSError as error:
+            message = f"the proxy's port {port} cannot be used: {error.strerror} {port_owner(port)}".strip()
+            raise AnyclaudeError(f"{message}.", "Leave --proxy-port out to get a free one.") from None
+        self.url = f"http://{LOOPBACK}:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.debug(1, traceback.format_exc)
+
+
+# === 9 Claude Code ============================================================================
+# Rule: Claude Code runs in the foreground with the terminal's signals; what the user has set wins, but for what makes
+# this session go to this model.
+
+DEFAULT_WINDOW = 32768  # tokens, where nothing says how many
+INSTALL_CLAUDE = ("npm", "install", "-g", "@anthropic-ai/claude-code")
+LEAN_TOOLS = "Bash,Read,Edit,Write,Glob,Grep,WebFetch"  # 13 kB of tools, not 50 to 86 (measured, 2.1.197 and 2.1.330)
+# What claude does without a model. Source: `claude --help` of 2.1.197 and 2.1.330.
+WITHOUT_MODEL = re.compile(
+    r"agents|auth|auto-mode|doctor|gateway|install|mcp|plugins?|project|setup-token|ultrareview|update|upgrade|"
+    r"-v|--version|-h|--help"
+)
+SKIP_PERMISSIONS = ("--dangerously-skip-permissions", "--allow-dangerously-skip-permissions")
+STABLE_PROMPT = "--exclude-dynamic-system-prompt-sections"  # the head of the prompt is then the same in every session
+
+
+@dataclass(frozen=True)
+class Session:
+    """What Claude Code must know of this session. `window` and `output`: tokens."""
+
+    url: str
+    token: str
+    model: str
+    window: int
+    output: int
+
+
+# Variable -> value, with the fields of Session filled in. All were measured or read in 2.1.197 and 2.1.330.
+OUR_VARIABLES = {  # these make it this session, whatever the user has set
+    "ANTHROPIC_BASE_URL": "{url}",
+    "ANTHROPIC_AUTH_TOKEN": "{token}",
+    "ANTHROPIC_API_KEY": "",  # one of the user's would win, and ask
+    "ANTHROPIC_MODEL": "{model}",  # every tier is the one model that is there
+    "ANTHROPIC_DEFAULT_OPUS_MODEL": "{model}",
+    "ANTHROPIC_DEFAULT_SONNET_MODEL": "{model}",
+    "ANTHROPIC_DEFAULT_HAIKU_MODEL": "{model}",
+    "ANTHROPIC_DEFAULT_FABLE_MODEL": "{model}",
+    "ANTHROPIC_SMALL_FAST_MODEL": "{model}",
+    "CLAUDE_CODE_SUBAGENT_MODEL": "{model}",
+    "CLAUDE_CODE_USE_BEDROCK": "",  # these would send the prompts elsewhere
+    "CLAUDE_CODE_USE_VERTEX": "",
+    "CLAUDE_CODE_USE_FOUNDRY": "",
+}
+DEFAULT_VARIABLES = {  # here the user's own value wins
+    "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "{window}",
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "{output}",
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # from here: a prompt that only ever grows
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
+    "CLAUDE_CODE_MODEL_CAPABILITIES": "-mid_conv_system,-total_tokens_reminder,-mid_conv_tool_change",
+    "ENABLE_TOOL_SEARCH": "false",
+    "API_TIMEOUT_MS": "3000000",  # from here: a long prefill is not an error
+    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1800000",
+    "API_FORCE_IDLE_TIMEOUT": "0",
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",  # nothing leaves the machine
+    "CLAUDE_CODE_DISABLE_TERMINAL_TITLE": "1",  # no request for a title at the start of a conversation
+}
+
+
+def claude_environment(environ: Mapping[str, str], session: Session) -> dict[str, str]:
+    """The environment of Claude Code for this session. Pure."""
+    fields = dataclasses.asdict(session)
+    ours, defaults = (
+        {name: value.format_map(fields) for name, value in table.items()}
+        for table in (OUR_VARIABLES, DEFAULT_VARIABLES)
+    )
+    # the loopback is not reached through the company's proxy
+    direct = {
+        name: ",".join(filter(None, (environ.get(name), "127.0.0.1,localhost"))) for name in ("NO_PROXY", "no_proxy")
+    }
+    return {**defaults, **environ, **ours, **direct}
+
+
+def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Claude Code: the setting, PATH, ~/.local/bin, ~/.claude/local. Offers to install it on a terminal."""
+    if settings.claude_binary:
+        if is_program(Path(settings.claude_binary)):
+            return Path(settings.claude_binary)
+        message = f"claudeBinary {settings.claude_binary} is not a program."
+        raise AnyclaudeError(message, 'Correct "claudeBinary" in ~/.anyclauderc.json, or remove it.')
+    folders = [*search_path(environ), Path.home() / ".local/bin", Path.home() / ".claude/local"]
+    found, npm = which("claude", folders), which(INSTALL_CLAUDE[0], search_path(environ))
+    if not found and npm and sys.stdin.isatty() and sys.stderr.isatty():
+        say(f"Claude Code was not found. Install it now with {' '.join(INSTALL_CLAUDE)} ? [Y/n]")
+        if sys.stdin.readline().strip().lower() in ("", "y", "yes"):
+            subprocess.run([str(npm), *INSTALL_CLAUDE[1:]], stdout=sys.stderr.fileno(), check=False)
+            found = which("claude", folders)
+    if not found:
+        message = "Claude Code (claude) was not found on PATH, in ~/.local/bin or in ~/.claude/local."
+        raise AnyclaudeError(
+            message, " ".join(INSTALL_CLAUDE) + ("" if npm else "   (needs Node.js: https://nodejs.org)")
+        )
+    return found
+
+
+def claude_help(program: Path) -> str:
+    """The text of `claude --help`, kept by the program's path, size and time: asking takes half a second."""
+    status = program.resolve().stat()
+    identity = f"{program.resolve()} {status.st_size} {status.st_mtime_ns}"
+    cache = state_path("cache", "claude-help.json")
+    with contextlib.suppress(AnyclaudeError):
+        return str(read_json(cache).get(identity) or "") or _ask_help(program, identity, cache)
+    return _ask_help(program, identity, cache)
+
+
+def _ask_help(program: Path, identity: str, cache: Path) -> str:
+    text = output_of(str(program), "--help")
+    if text:
+        write_private(cache, json.dumps({identity: text}))
+    return text
+
+
+def chosen_mode(arguments: Sequence[str], environ: Mapping[str, str], cwd: Path, home: Path) -> str:
+    """The permission mode that the user chose, on the command line or in Claude Code's settings; "" for none."""
+    options = dict(zip(arguments, [*arguments[1:], ""]))
+    options.update(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+    if "--permission-mode" in options:
+        return options["--permission-mode"]
+    if any(name in options for name in SKIP_PERMISSIONS):
+        return "bypassPermissions"
+    folder = Path(environ.get("CLAUDE_CONFIG_DIR") or home / ".claude")
+    named = options.get("--settings", "")
+    files = [cwd / ".claude/settings.local.json", cwd / ".claude/settings.json", folder / "settings.json"]
+    for source in [named, *files] if named else files:
+        with contextlib.suppress(AnyclaudeError, ValueError, AttributeError):
+            inline = isinstance(source, str) and source.lstrip().startswith("{")
+            mode = (json.loads(source) if inline else read_json(Path(source))).get("permissions", {}).get("defaultMode")
+            if mode:
+                return str(mode)
+    return ""
+
+
+def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt: str = "") -> list[str]:
+    """Claude Code's arguments: ours in front, the user's unchanged behind. Pure.
+
+    Ours are written with "=": several take any number of values, and would swallow the user's prompt."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    ours = {
+        "--permission-mode=default": not mode,  # the client's own default, auto, is checked on Anthropic's servers
+        "--disallowedTools=WebSearch": True,  # a model without search would make the results up
+        f"--tools={LEAN_TOOLS}": prompt == "lean" and "--tools" not in given,
+        STABLE_PROMPT: STABLE_PROMPT in help_text and not given & {STABLE_PROMPT, "--system-prompt"},
+    }
+    return [*(argument for argument, wanted in ours.items() if wanted), *arguments]
+
+
+def explain_mode(mode: str) -> None:
+    """Say once what the permission mode means here; a chosen "auto" is named each time."""
+    told = state_path("cache", "told-permission-mode")
+    if mode == "auto":
+        say("permission mode auto: its safety check runs on Anthropic's servers, and cannot work with a local model.")
+    elif not mode and not told.exists():
+        say("permission mode: default, Claude Code asks before it acts (auto mode's check needs Anthropic's servers).")
+        write_private(told, "")
+
+
+def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run Claude Code in the foreground -> its exit status (128 + n for signal n). Ctrl-C and Ctrl-\\ are its own;
+    when it stops itself (Ctrl-Z), so do we, so that the shell comes back."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which it would inherit
+    try:
+        claude = subprocess.Popen([str(program), *arguments], env=dict(environ))
+    except OSError as error:
+        raise AnyclaudeError(f"{program} cannot be run: {error.strerror}.", " ".join(INSTALL_CLAUDE)) from None
+    try:
+        while True:
+            _, status = os.waitpid(claude.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                break
+            os.kill(os.getpid(), signal.SIGSTOP)
+            claude.send_signal(signal.SIGCONT)
+        claude.returncode = os.waitstatus_to_exitcode(status)
+        return claude.returncode if claude.returncode >= 0 else 128 - claude.returncode
+    finally:
+        if claude.returncode is None:
+            terminate(claude)
+
+
+# === 10 Commands ==============================================================================
+# Rule: the command line; each command is a short function.
+
+USAGE = f"""\
+anyclaude {__version__}: Claude Code on your own model
+
+  anyclaude [options] [anything for claude]
+
+  --model-path PATH        the model: a folder, or a Hugging Face id
+  --arch NAME              its architecture, where config.json does not tell
+  --isq NAME               quantise while loading (Q4K; none: not at all)
+  --context-window TOKENS  use less than the model has
+  --prompt lean            fewer tools, a shorter prompt
+  --engine-port PORT       mistral.rs' port (8081; 0: any free one)
+  --base-url URL           use the OpenAI-compatible server there, start none
+  --proxy-only             no Claude Code: print how to reach the proxy
+  --proxy-port PORT        the proxy's port (any free one)
+  --demo                   see it work with no model at all
+  --config-file FILE       settings, in place of the .anyclauderc.json found
+  --help, --version
+
+Everything else, and all behind --, goes to claude.
+
+  anyclaude --demo -p "Which files are here?"
+  anyclaude --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct
+  anyclaude -p "Explain this repository" --output-format json
+"""
+
+
+def client_name(name: str) -> str:
+    """The model's name as Claude Code sees it. One that begins with "claude" would get Anthropic's own window."""
+    name = re.sub(r"[^\w.:-]+", "-", name.rpartition("/")[2]).strip("-") or "local"
+    return f"local-{name}" if name.lower().startswith("claude") else name
+
+
+@contextlib.contextmanager
+def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[Target]:
+    """Make an engine serve -> what the proxy must know of it. What was started is gone afterwards."""
+    limits = {"max_tokens": settings.max_tokens, "window": settings.context_window}
+    if settings.demo:
+        demo = start_demo_engine()
+        say("demo: a small engine inside anyclaude answers, no model is loaded")
+        yield Target(f"http://{LOOPBACK}:{demo.server_address[1]}/v1", "anyclaude-demo", window=200_000)
+        demo.shutdown()
+    elif settings.kind == "remote":
+        say(f"using the server at {settings.base_url}, model {settings.model}")
+        own_tools, name = settings.tool_calls == "text", client_name(settings.model)
+        yield Target(
+            settings.base_url, name, settings.model, settings.api_key, own_tools, sampling=settings.sampling, **limits
+        )
+    else:
+        if not settings.model_path:
+            raise AnyclaudeError(
+                "no model is configured.", "anyclaude --model-path /path/to/model\nor, with no model: anyclaude --demo"
+            )
+        model = read_model(settings.model_path, settings.arch)
+        limits["window"] = settings.context_window or model.context
+        with contextlib.closing(start_engine(find_engine(settings, environ), model, settings)) as share:
+            yield Target(
+                f"http://{LOOPBACK}:{share.port}/v1",
+                client_name(model.name),
+                own_tools=settings.tool_calls != "engine",
+                sampling={**model.sampling, **settings.sampling},
+                **limits,
+            )
+
+
+def start_engine(engine: Engine, model: Model, settings: Settings) -> EngineShare:
+    """Start the engine or join the one that runs, and wait until it serves."""
+    if engine.version < model.since:
+        message = f"{model.name} needs mistral.rs {'.'.join(map(str, model.since))}, and this is {engine}."
+        raise AnyclaudeError(message, "Update mistral.rs, or choose another model.")
+    port = settings.port or free_port()
+    say(f"starting mistral.rs: {engine}")
+    say(f"model: {model.path}" + (f" ({model.arch})" if model.arch else ""))
+    share = EngineShare(port, command_line(engine, model, port, settings.isq, settings.extra_args), model)
+    try:
+        say(f"port: {port}" + (", where it serves already" if share.joined else ""))
+        say(f"waiting until it serves (log: {share.log})")
+        line = share.wait_until_ready(settings.start_timeout)
+    except BaseException:
+        share.close()
+        raise
+    say("ready" + (f": {line}" if line else ""))
+    return share
+
+
+def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) -> int:
+    """The session: engine, proxy, Claude Code -> the exit status."""
+    claude = None if settings.proxy_only else find_claude(settings, environ)  # before a model is loaded in vain
+    with serving_target(settings, environ) as target, Proxy(settings.proxy_port, target, settings.debug) as proxy:
+        say(f"Proxy URL: http://localhost:{proxy.server_address[1]}")
+        if claude is None:
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):  # a good end, here
+                print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
+                threading.Event().wait()
+            return 0
+        if not target.window:
+            say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
+        window = target.window or DEFAULT_WINDOW
+        session = Session(proxy.url, proxy.token, target.name, window, min(settings.max_tokens, window // 4))
+        mode = chosen_mode(arguments, environ, Path.cwd(), Path.home())
+        explain_mode(mode)
+        arguments = claude_arguments(arguments, claude_help(claude), mode, settings.prompt)
+        return run_claude(claude, arguments, claude_environment(environ, session))
+
+
+def exit_on_signals() -> None:
+    """Let TERM and HUP end the process as an exception does, so that all is stopped on the way out."""
+
+    def leave(number: int, frame: Any) -> None:
+        signal.signal(number, lambda *_: None)  # once is enough
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line -> the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == [SUPERVISE]:
+        return supervise()
+    exit_on_signals()
+    try:
+        own, rest = split_arguments(arguments)
+        if own.keys() & {"--help", "--version"}:
+            print(USAGE.rstrip() if "--help" in own else f"anyclaude {__version__}")
+            return 0
+        settings, warnings = load_settings(own, os.environ, Path.cwd(), Path.home())
+        for warning in warnings:
+            say(f"warning: {warning}")
+        if rest and WITHOUT_MODEL.fullmatch(rest[0]):
+            return run_claude(find_claude(settings, os.environ), rest, os.environ)
+        return run(settings, rest, os.environ)
+    except (AnyclaudeError, OSError) as error:
+        problem = (
+            error if isinstance(error, AnyclaudeError) else AnyclaudeError(f"{error}.", "Mend that, and try again.")
+        )
+        say(f"error: {problem.message}")
+        say("fix: " + problem.fix.replace("\n", "\n     "))
+        return 1
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What the tests share: a sandbox to run anyclaude in as a user would, and the real neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+PROGRAM = ROOT / "anyclaude.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "outside: needs a program that is not this project's (claude, mistral.rs)")
+    config.addinivalue_line("markers", "slow: takes a second or more, and is run under one Python only")
+
+
+class Sandbox:
+    """A home and a working directory of their own, and the processes started in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.work, self.bin = (folder / name for name in ("home", "work", "bin"))
+        for path in (self.home, self.work, self.bin):
+            path.mkdir()
+        kept = {
+            name: os.environ[name]
+            for name in ("LANG", "TMPDIR", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
+            if name in os.environ
+        }
+        self.env = {**kept, "HOME": str(self.home), "PATH": f"{self.bin}:/usr/local/bin:/usr/bin:/bin", "NO_COLOR": "1"}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
+        """Start anyclaude; it is stopped at the latest when the test ends."""
+        process = subprocess.Popen(
+            [sys.executable, str(options.pop("program", PROGRAM)), *arguments],
+            cwd=self.work,
+            text=True,
+            env={**self.env, **options.pop("env", {})},
+            stdin=options.pop("stdin", subprocess.DEVNULL),  # type: ignore[dict-item, call-overload]
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **options,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, *arguments: str, timeout: float = 90, **options: object) -> subprocess.CompletedProcess[str]:
+        """Run anyclaude to its end."""
+        text = options.pop("input", None)
+        if text is not None:
+            options["stdin"] = subprocess.PIPE
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(text, timeout=timeout)  # type: ignore[arg-type]
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def settings(self, content: object, folder: Path | None = None) -> Path:
+        """Write a settings file, by default the home's."""
+        path = (folder or self.home) / ".anyclauderc.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    def engine_states(self) -> list[dict[str, object]]:
+        """What the engines' parents wrote."""
+        return [json.loads(path.read_text()) for path in (self.home / ".anyclaude" / "run").glob("*.json")]
+
+    def log(self) -> str:
+        """The engine's log."""
+        return (self.home / ".anyclaude" / "logs" / "mistralrs-server.log").read_text()
+
+    def clean_up(self) -> None:
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        for state in self.engine_states():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(int(str(state["pid"])), signal.SIGKILL)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    box = Sandbox(tmp_path)
+    yield box
+    box.clean_up()
+
+
+def _tool(variable: str, what: str) -> Path:
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{what} is not here: run the tests with `sh tests/run`, or name it in {variable}")
+    return Path(path)
+
+
+@pytest.fixture
+def claude(sandbox: Sandbox) -> Path:
+    """The real Claude Code, on the sandbox's PATH."""
+    program = _tool("ANYCLAUDE_TEST_CLAUDE", "Claude Code")
+    (sandbox.bin / "claude").symlink_to(program.resolve())
+    return program
+
+
+@pytest.fixture
+def engine(sandbox: Sandbox) -> Path:
+    """The real mistral.rs, on the sandbox's PATH."""
+    program = _tool("ANYCLAUDE_TEST_ENGINE", "mistral.rs")
+    (sandbox.bin / program.name).symlink_to(program.resolve())
+    return program
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "Tiny")
+
+
+@pytest.fixture
+def stand_in(sandbox: Sandbox) -> Path:
+    """A program called mistralrs that starts, answers and fails as tests/stand_in_engine.py is told to."""
+    program = sandbox.bin / "mistralrs"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "stand_in_engine.py"} "$@"\n')
+    program.chmod(0o755)
+    return program

@@ -1,0 +1,51 @@
+"""A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "hang", "stubborn" (ignores
+TERM). Its words are those of mistralrs 0.8.1."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"OK")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        return print("mistralrs 0.8.1")
+    if "--help" in arguments:
+        return print(
+            "Usage: mistralrs serve text [OPTIONS]\n  -m, --model-id <MODEL_ID>\n      --paged-attn <MODE>\n      --pa-context-len <N>"
+        )
+    behaviour = os.environ.get("STAND_IN", "serve")
+    print("\x1b[2m2026-01-01T00:00:00Z\x1b[0m INFO mistralrs_core: Loading model", flush=True)
+    if behaviour == "crash":
+        print(
+            "Error: shape mismatch for model.embed_tokens.weight, expected: [384, 128], got: [384, 16]",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+    if behaviour == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if behaviour == "hang":
+        threading.Event().wait()
+    port = int(arguments[arguments.index("--port") + 1])
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    print(f"INFO mistralrs::commands::serve: Server listening on http://127.0.0.1:{port}", flush=True)
+    server.serve_forever()
+
+
+main()

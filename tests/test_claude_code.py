@@ -1,0 +1,351 @@
+"""Section 9 and the whole: Claude Code's environment and arguments, and the real one through the real proxy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Sandbox
+from fake_engine import fake_engine, says
+from test_engine import free_port, gone, wait_for
+
+from anyclaude import (
+    OWN_OPTIONS,
+    STABLE_PROMPT,
+    SWITCHES,
+    AnyclaudeError,
+    Session,
+    Settings,
+    chosen_mode,
+    claude_arguments,
+    claude_environment,
+    client_name,
+    find_claude,
+)
+
+SESSION = Session("http://127.0.0.1:1", "token", "tiny", 65536, 8192)
+
+
+def test_what_makes_it_this_session_is_ours_and_the_rest_the_users() -> None:
+    users = {
+        "ANTHROPIC_API_KEY": "sk-real",
+        "ANTHROPIC_BASE_URL": "https://example.com",
+        "ANTHROPIC_MODEL": "claude-x",
+        "CLAUDE_CODE_USE_BEDROCK": "1",
+        "API_TIMEOUT_MS": "5",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "9",
+        "HTTP_PROXY": "http://corp:3128",
+        "NO_PROXY": "intra.example",
+        "OTHER": "x",
+    }
+    made = claude_environment(users, SESSION)
+    assert (
+        made["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:1"
+        and made["ANTHROPIC_AUTH_TOKEN"] == "token"
+        and made["ANTHROPIC_API_KEY"] == ""
+    )
+    assert (
+        made["ANTHROPIC_MODEL"] == made["ANTHROPIC_DEFAULT_HAIKU_MODEL"] == made["CLAUDE_CODE_SUBAGENT_MODEL"] == "tiny"
+    )
+    assert made["CLAUDE_CODE_USE_BEDROCK"] == ""
+    assert (made["API_TIMEOUT_MS"], made["CLAUDE_CODE_MAX_CONTEXT_TOKENS"], made["OTHER"]) == ("5", "9", "x")
+    assert made["NO_PROXY"] == "intra.example,127.0.0.1,localhost" and made["no_proxy"] == "127.0.0.1,localhost"
+    bare = claude_environment({}, SESSION)
+    assert (
+        bare["CLAUDE_CODE_MAX_CONTEXT_TOKENS"],
+        bare["CLAUDE_CODE_MAX_OUTPUT_TOKENS"],
+        bare["CLAUDE_CODE_ATTRIBUTION_HEADER"],
+    ) == ("65536", "8192", "0")
+
+
+def test_our_arguments_stand_in_front_and_swallow_nothing() -> None:
+    assert claude_arguments(["-p", "hi", "--x"], "", "") == [
+        "--permission-mode=default",
+        "--disallowedTools=WebSearch",
+        "-p",
+        "hi",
+        "--x",
+    ]
+    assert claude_arguments(["hi"], "", "plan") == ["--disallowedTools=WebSearch", "hi"]
+    assert claude_arguments(["hi"], f"  {STABLE_PROMPT}\n", "plan")[:-1] == [
+        "--disallowedTools=WebSearch",
+        STABLE_PROMPT,
+    ]
+    assert STABLE_PROMPT not in claude_arguments(["--system-prompt", "x"], STABLE_PROMPT, "")
+    assert claude_arguments(["hi"], "", "plan", "lean")[1].startswith("--tools=Bash,")
+    assert claude_arguments(["--tools", "Read"], "", "plan", "lean") == [
+        "--disallowedTools=WebSearch",
+        "--tools",
+        "Read",
+    ]
+
+
+def test_a_mode_that_the_user_chose_is_kept(tmp_path: Path) -> None:
+    cwd, home = tmp_path / "cwd", tmp_path / "home"
+    for folder in (cwd / ".claude", home / ".claude", tmp_path / "config"):
+        folder.mkdir(parents=True)
+
+    def mode(*arguments: str, **environ: str) -> str:
+        return chosen_mode(arguments, environ, cwd, home)
+
+    def setting(mode: str) -> str:
+        return json.dumps({"permissions": {"defaultMode": mode}})
+
+    assert mode("-p", "hi") == ""
+    assert mode("--permission-mode", "plan") == mode("--permission-mode=plan") == "plan"
+    assert mode("--dangerously-skip-permissions") == "bypassPermissions"
+    (home / ".claude" / "settings.json").write_text(setting("acceptEdits"))
+    assert mode() == "acceptEdits"
+    (tmp_path / "config" / "settings.json").write_text(setting("auto"))
+    assert mode(CLAUDE_CONFIG_DIR=str(tmp_path / "config")) == "auto"
+    (cwd / ".claude" / "settings.json").write_text(setting("dontAsk"))
+    assert mode() == "dontAsk"
+    (cwd / ".claude" / "settings.local.json").write_text("{broken")
+    assert mode() == "dontAsk"
+    assert mode("--settings", setting("plan")) == mode("--settings=" + setting("plan")) == "plan"
+    assert mode("--settings", str(home / ".claude" / "settings.json")) == "acceptEdits"
+
+
+def test_a_models_name_never_looks_like_one_of_anthropics() -> None:
+    names = {
+        "Qwen3-8B": "Qwen3-8B",
+        "/m/Qwen 3": "Qwen-3",
+        "org/Model:x": "Model:x",
+        "claude-mini": "local-claude-mini",
+        "": "local",
+        "../": "local",
+    }
+    assert {name: client_name(name) for name in names} == names
+
+
+def test_claude_is_found_in_its_places_and_never_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def program(folder: str) -> Path:
+        path = tmp_path / folder / "claude"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        path.chmod(0o755)
+        return path
+
+    program("")
+    with pytest.raises(AnyclaudeError, match="not found") as caught:
+        find_claude(Settings(), {"PATH": "."})
+    assert "npm install -g @anthropic-ai/claude-code" in caught.value.fix
+    for folder in ("home/.claude/local", "home/.local/bin", "path"):
+        expected = program(folder)
+        assert find_claude(Settings(), {"PATH": f".:{tmp_path}/path"}) == expected
+    named = program("named")
+    assert find_claude(Settings(claude_binary=str(named)), {}) == named
+    with pytest.raises(AnyclaudeError, match="claudeBinary"):
+        find_claude(Settings(claude_binary=str(tmp_path)), {})
+
+
+# A stand-in for claude, to see exactly what reaches it.
+
+RECORDER = """#!{python}
+import json, os, sys, signal
+if sys.argv[1:] == ["--help"]:
+    print("  --exclude-dynamic-system-prompt-sections"); sys.exit()
+print(json.dumps({{"arguments": sys.argv[1:], "stdin": sys.stdin.read() if not sys.stdin.isatty() else "", "environment": dict(os.environ)}}), flush=True)
+{then}
+"""
+
+
+def recorder(sandbox: Sandbox, then: str = "") -> None:
+    (sandbox.bin / "claude").write_text(RECORDER.format(python=sys.executable, then=then))
+    (sandbox.bin / "claude").chmod(0o755)
+
+
+def test_arguments_input_and_exit_status_pass_through(sandbox: Sandbox) -> None:
+    recorder(sandbox, "sys.exit(7)")
+    done = sandbox.run("--demo", "-p", "a 'b' $c", "--", "--demo", input="from a pipe\n")
+    seen = json.loads(done.stdout)
+    assert done.returncode == 7
+    assert seen["arguments"] == [
+        "--permission-mode=default",
+        "--disallowedTools=WebSearch",
+        STABLE_PROMPT,
+        "-p",
+        "a 'b' $c",
+        "--demo",
+    ]
+    assert seen["stdin"] == "from a pipe\n"
+    assert seen["environment"]["ANTHROPIC_BASE_URL"] in done.stderr.replace("localhost", "127.0.0.1")
+    assert seen["environment"]["ANTHROPIC_AUTH_TOKEN"] not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_permission_mode_is_explained_once(sandbox: Sandbox) -> None:
+    recorder(sandbox)
+    assert "permission mode: default" in sandbox.run("--demo").stderr
+    assert "permission mode" not in sandbox.run("--demo").stderr
+    done = sandbox.run("--demo", "--permission-mode", "auto")
+    assert "Anthropic's servers" in done.stderr and "--permission-mode=default" not in done.stdout
+
+
+def test_a_death_by_signal_is_the_shells_status(sandbox: Sandbox) -> None:
+    recorder(sandbox, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert sandbox.run("--demo").returncode == 128 + signal.SIGKILL
+
+
+def test_ctrl_c_is_claudes_own(sandbox: Sandbox) -> None:
+    recorder(sandbox, "signal.signal(signal.SIGINT, lambda *_: sys.exit(5)); print('up', flush=True); signal.pause()")
+    process = sandbox.start("--demo")
+    assert process.stdout is not None
+    process.stdout.readline(), process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 5
+
+
+def test_a_term_for_anyclaude_ends_claude_too(sandbox: Sandbox) -> None:
+    recorder(sandbox, "print(os.getpid(), flush=True); signal.pause()")
+    process = sandbox.start("--demo")
+    assert process.stdout is not None
+    process.stdout.readline()
+    pid = int(process.stdout.readline())
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and gone(pid)
+
+
+def test_when_claude_stops_itself_the_shell_comes_back(sandbox: Sandbox) -> None:
+    recorder(sandbox, "os.kill(os.getpid(), signal.SIGSTOP); sys.exit(3)")
+    process = sandbox.start("--demo")
+
+    def stopped() -> bool:
+        state = subprocess.run(
+            ["ps", "-o", "state=", "-p", str(process.pid)], capture_output=True, text=True, check=False
+        ).stdout
+        return state.startswith("T")
+
+    wait_for(stopped)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=20)
+    assert process.returncode == 3
+
+
+def test_what_claude_does_without_a_model_starts_no_engine(sandbox: Sandbox) -> None:
+    recorder(sandbox)
+    seen = json.loads(sandbox.run("mcp", "list").stdout)
+    assert seen["arguments"] == ["mcp", "list"] and "ANTHROPIC_BASE_URL" not in seen["environment"]
+
+
+def test_without_claude_the_error_says_how_to_get_it(sandbox: Sandbox) -> None:
+    done = sandbox.run("--demo", env={"PATH": "/nowhere"})
+    assert (
+        done.returncode == 1
+        and "npm install -g @anthropic-ai/claude-code" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_the_settings_problems_are_told_and_nothing_is_started(sandbox: Sandbox) -> None:
+    sandbox.settings({"backends": {"mlx": {"port": "x", "maxTokens": -1}}})
+    done = sandbox.run("--demo")
+    assert done.returncode == 1 and done.stderr.count("expected a whole number") == 2 and "fix:" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_home_that_does_not_exist_yet_is_made(sandbox: Sandbox) -> None:
+    recorder(sandbox)
+    home = sandbox.home / "new" / "home"
+    assert sandbox.run("--demo", env={"HOME": str(home)}).returncode == 0
+    assert stat.S_IMODE((home / ".anyclaude").stat().st_mode) == 0o700
+    sandbox.home.joinpath("file").write_text("")
+    done = sandbox.run("--demo", env={"HOME": str(sandbox.home / "file" / "x")})
+    assert done.returncode == 1 and "HOME" in done.stderr and "Traceback" not in done.stderr
+
+
+# The real Claude Code, headless, through the real proxy.
+
+
+def scripted(request: dict[str, Any], result: str, *calls: dict[str, Any]) -> list[str]:
+    """The calls one after the other, then an answer that depends on the last one's result."""
+    results = [message["content"] for message in request["messages"] if message["role"] == "tool"]
+    if not request.get("tools"):
+        return says("ok")
+    if len(results) < len(calls):
+        return says("Let me see.\n", *f"<tool_call>\n{json.dumps(calls[len(results)])}\n</tool_call>")
+    return says("The result has it." if result in results[-1] else f"Not there: {results}")
+
+
+@pytest.mark.outside
+def test_claude_code_answers(sandbox: Sandbox, claude: Path) -> None:
+    with fake_engine(lambda request: says("Forty", "-two.")) as engine:
+        done = sandbox.run("--base-url", engine.url, "-p", "What is six times seven?")
+        assert (done.returncode, done.stdout.strip()) == (0, "Forty-two."), done.stderr
+        assert "billing" not in json.dumps(engine.requests)
+        assert all(message["role"] in ("system", "user") for message in engine.requests[-1]["messages"])
+
+
+@pytest.mark.outside
+def test_claude_code_runs_a_bash_call_and_uses_its_result(sandbox: Sandbox, claude: Path) -> None:
+    (sandbox.work / "secret.txt").write_text("the word is marmalade\n")
+    call = {"name": "Bash", "arguments": {"command": "cat secret.txt", "description": "Read"}}
+    with fake_engine(lambda request: scripted(request, "marmalade", call)) as engine:
+        done = sandbox.run("--base-url", engine.url, "-p", "Read it", env={"ANYCLAUDE_TOOL_CALLS": "text"})
+        assert (done.returncode, done.stdout.strip()) == (0, "The result has it."), done.stderr
+        first, second = (request for request in engine.requests[-2:])
+        assert json.dumps(second["messages"]).startswith(json.dumps(first["messages"])[:-1])
+        assert second["tools"] == first["tools"]
+
+
+@pytest.mark.outside
+def test_claude_code_edits_a_file(sandbox: Sandbox, claude: Path) -> None:
+    old, new = "return \"<b>\\n</b>\" if 1 < 2 else ''", "return {'a': [1]}  # \"</parameter>\""
+    path = sandbox.work / "code.py"
+    path.write_text(f"def f():\n    {old}\n")
+    read = {"name": "Read", "arguments": {"file_path": str(path)}}
+    edit = {"name": "Edit", "arguments": {"file_path": str(path), "old_string": old, "new_string": new}}
+    with fake_engine(lambda request: scripted(request, "code.py", read, edit)) as engine:
+        options = ("--base-url", engine.url, "-p", "Edit it", "--permission-mode", "acceptEdits")
+        done = sandbox.run(*options, env={"ANYCLAUDE_TOOL_CALLS": "text"})
+        assert (done.returncode, done.stdout.strip()) == (0, "The result has it."), done.stderr
+    assert path.read_text() == f"def f():\n    {new}\n"
+
+
+@pytest.mark.outside
+def test_the_demo_lists_the_files_through_the_real_claude_code(sandbox: Sandbox, claude: Path) -> None:
+    for name in ("alpha.txt", "beta.md"):
+        (sandbox.work / name).touch()
+    done = sandbox.run("--demo", "-p", "Which files are here?")
+    assert done.returncode == 0 and "alpha.txt" in done.stdout and "beta.md" in done.stdout, done.stderr
+
+
+@pytest.mark.outside
+def test_a_real_engine_makes_a_real_tool_call_for_the_real_claude_code(
+    sandbox: Sandbox, claude: Path, engine: Path, tiny_model: Path
+) -> None:
+    (sandbox.work / "marker.txt").touch()
+    port = free_port()
+    for prompt in ("Look at the files.", "Please @@coder@@ now"):
+        process = sandbox.start("--model-path", str(tiny_model), "--engine-port", str(port), "-p", prompt)
+        wait_for(sandbox.engine_states)
+        (state,) = sandbox.engine_states()
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out.strip()) == (0, "I saw the  marker file."), err
+        assert gone(int(str(state["pid"]))) and not sandbox.engine_states()
+        wait_for(lambda: not subprocess.run(["pgrep", "-f", str(sandbox.bin)], capture_output=True, check=False).stdout)
+
+
+@pytest.mark.outside
+def test_no_option_of_ours_has_the_name_of_one_of_claudes(sandbox: Sandbox, claude: Path) -> None:
+    text = subprocess.run(
+        [str(claude), "--help"], env=sandbox.env, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    theirs = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert len(theirs) > 30
+    assert not ((OWN_OPTIONS.keys() | SWITCHES | {"--config-file"}) - {"--help", "--version"}) & theirs

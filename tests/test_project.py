@@ -1,0 +1,165 @@
+"""The repository: its one file under old Pythons, its packages, its installer, and what the README says."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAM, ROOT, Sandbox
+
+import anyclaude
+
+
+def run(
+    *command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, **options: object
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files of the repository and nothing else, as in a fresh clone."""
+    names = ("anyclaude.py", "install.sh", "pyproject.toml", "README.md", "LICENSE", "tests")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in names:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, folder / name)
+    return folder
+
+
+def test_only_the_standard_library_is_imported() -> None:
+    modules = set()
+    for node in ast.walk(ast.parse(PROGRAM.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(str(node.module).split(".")[0])
+    if sys.version_info >= (3, 10):
+        assert modules <= set(sys.stdlib_module_names)
+    assert len(modules) > 20
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")])
+@pytest.mark.slow
+def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
+    run(sys.executable, "-m", "ruff", *command, ".")
+
+
+@pytest.mark.slow
+def test_nothing_newer_than_python_3_9_is_used() -> None:
+    run(Path(sys.executable).parent / "vermin", "--no-tips", "--eval-annotations", "-t=3.9-", "--violations", PROGRAM)
+
+
+def test_the_version_and_the_help_need_no_settings_and_no_claude(sandbox: Sandbox) -> None:
+    sandbox.settings("{broken")
+    assert sandbox.run("--version").stdout == f"anyclaude {anyclaude.__version__}\n"
+    text = sandbox.run("--help").stdout
+    assert len(text.splitlines()) < 40 and max(map(len, text.splitlines())) <= 80
+    assert all(option in text for option in anyclaude.OWN_OPTIONS.keys() | anyclaude.SWITCHES | {"--config-file"})
+    assert not (sandbox.home / ".anyclaude").exists()
+
+
+def test_it_runs_from_a_read_only_folder_and_leaves_nothing_beside_itself(sandbox: Sandbox, checkout: Path) -> None:
+    checkout.chmod(0o555)
+    try:
+        assert sandbox.run("--version", program=checkout / "anyclaude.py").returncode == 0
+    finally:
+        checkout.chmod(0o755)
+    assert not (checkout / "__pycache__").exists()
+
+
+@pytest.mark.slow
+def test_the_wheel_builds_installs_and_runs(checkout: Path, tmp_path: Path, sandbox: Sandbox) -> None:
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", cwd=checkout)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert list((tmp_path / "dist").glob("*.tar.gz"))
+    venv.create(tmp_path / "venv", with_pip=True)
+    run(tmp_path / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-index", wheel)
+    assert (
+        run(tmp_path / "venv" / "bin" / "anyclaude", "--version", env=sandbox.env).stdout
+        == f"anyclaude {anyclaude.__version__}\n"
+    )
+
+
+@pytest.mark.slow
+def test_install_sh_installs_the_file_and_says_what_to_run(checkout: Path, sandbox: Sandbox) -> None:
+    for _ in range(2):
+        done = run("sh", "install.sh", cwd=checkout, env=sandbox.env)
+        installed = sandbox.home / ".local" / "bin" / "anyclaude"
+        assert installed.read_bytes() == PROGRAM.read_bytes() and os.access(installed, os.X_OK)
+        assert [path.name for path in installed.parent.iterdir()] == ["anyclaude"]
+        assert "PATH" in done.stderr
+    assert run(installed, "--version", env=sandbox.env).stdout.startswith("anyclaude ")
+
+
+@pytest.mark.slow
+def test_install_sh_outside_a_checkout_says_so(tmp_path: Path, sandbox: Sandbox) -> None:
+    shutil.copy(ROOT / "install.sh", tmp_path)
+    done = subprocess.run(
+        ["sh", str(tmp_path / "install.sh")], env=sandbox.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "checkout" in done.stderr and not (sandbox.home / ".local").exists()
+
+
+def commands_of_the_readme() -> list[str]:
+    """The indented command lines of the README, without their comments."""
+    lines = re.findall(r"^    ((?:python3|sh) .+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def test_the_readmes_commands_are_the_ones_that_are_run_here() -> None:
+    assert commands_of_the_readme() == [
+        "python3 anyclaude.py --demo",
+        "python3 anyclaude.py",
+        "sh tests/run",
+        "python3 anyclaude.py --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct",
+        "sh install.sh",
+    ]
+    assert (ROOT / ".ci" / "run").read_text().split("\n")[1:] == ["exec sh tests/run", ""]
+
+
+@pytest.mark.outside
+def test_the_readmes_commands_work_in_a_fresh_checkout(
+    checkout: Path, sandbox: Sandbox, claude: Path, engine: Path, tiny_model: Path
+) -> None:
+    (sandbox.bin / "python3").symlink_to(sys.executable)
+    (sandbox.work / "marker.txt").touch()
+    models = sandbox.home / "models"
+    models.mkdir()
+    (models / "Qwen3-Coder-30B-A3B-Instruct").symlink_to(tiny_model)
+
+    def shell(command: str) -> str:
+        return run("sh", "-c", command, cwd=checkout, env=sandbox.env, stdin=subprocess.DEVNULL).stdout
+
+    assert "pyproject.toml" in shell("python3 anyclaude.py --demo -p 'Which files are here?'")
+    assert "no marker" in shell("python3 anyclaude.py --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct -p 'Look.'")
+    sandbox.settings({"backend": "mlx", "backends": {"mlx": {"modelPath": "~/models/Qwen3-Coder-30B-A3B-Instruct"}}})
+    assert "no marker" in shell("python3 anyclaude.py -p 'Explain this repository'")
+    # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
+    cache = os.environ.get("ANYCLAUDE_TEST_CACHE") or str(Path.home() / ".cache" / "anyclaude-tests")
+    assert (
+        "passed"
+        in run(
+            "sh", "tests/run", "tests/test_model.py", cwd=checkout, env={**os.environ, "ANYCLAUDE_TEST_CACHE": cache}
+        ).stdout
+    )

@@ -1,0 +1,334 @@
+"""Section 8: the proxy over real sockets, in front of an engine that behaves as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, chunk, fake_engine, says
+from test_reply import assert_legal
+
+import anyclaude
+from anyclaude import Proxy, Target
+
+BASH = {"name": "Bash", "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}}}
+REQUEST = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
+
+
+@contextlib.contextmanager
+def proxy_for(url: str, level: int = 0, **target: Any) -> Iterator[Proxy]:
+    with Proxy(0, Target(url, "tiny", **target), level) as proxy:
+        yield proxy
+        proxy.shutdown()
+
+
+@contextlib.contextmanager
+def serving(*answers: Any) -> Iterator[tuple[Proxy, FakeEngine]]:
+    """A proxy before an engine that gives these answers in turn, the last one for ever."""
+    queued = list(answers)
+    with (
+        fake_engine(lambda request: queued.pop(0) if len(queued) > 1 else queued[0]) as engine,
+        proxy_for(engine.url) as proxy,
+    ):
+        yield proxy, engine
+
+
+def ask(
+    proxy: Proxy,
+    method: str = "POST",
+    path: str = "/v1/messages",
+    body: Any = REQUEST,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.server_address[1], timeout=20)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    connection.request(method, path, data, {"Authorization": f"Bearer {proxy.token}"} if headers is None else headers)
+    reply = connection.getresponse()
+    content = reply.read()
+    connection.close()
+    return reply.status, dict(reply.headers), content
+
+
+def events_of(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in content.decode().split("\n") if line.startswith("data: ")]
+
+
+def connect(proxy: Proxy, body: dict[str, Any]) -> socket.socket:
+    """A raw connection with a request on its way."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", proxy.server_address[1]), timeout=20)
+    connection.sendall(
+        b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nx-api-key: %s\r\nContent-Length: %d\r\n\r\n%s"
+        % (proxy.token.encode(), len(data), data)
+    )
+    return connection
+
+
+def test_a_streamed_reply_and_a_whole_one_say_the_same() -> None:
+    with serving(says("Hello", " there")) as (proxy, engine):
+        status, headers, content = ask(proxy, body={**REQUEST, "stream": True})
+        assert (status, headers["Content-Type"]) == (200, "text/event-stream")
+        events = events_of(content)
+        assert_legal(events)
+        whole = json.loads(ask(proxy)[2])
+        assert whole["content"] == [{"type": "text", "text": "Hello there"}] and whole["usage"]["input_tokens"] == 11
+        assert (
+            "".join(event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta")
+            == "Hello there"
+        )
+        assert all(request["stream"] and request["model"] == "default" for request in engine.requests)
+
+
+def test_a_call_in_the_models_text_reaches_the_client_as_tool_use() -> None:
+    with serving(says(*'<tool_call>{"name": "Bash", "arguments": {"command": "ls"}}</tool_call>')) as (proxy, engine):
+        whole = json.loads(ask(proxy, body={**REQUEST, "tools": [BASH]})[2])
+        assert whole["content"][0]["input"] == {"command": "ls"} and whole["stop_reason"] == "tool_use"
+        assert engine.requests[0]["tool_choice"] == "none"
+        forbidden = json.loads(ask(proxy, body={**REQUEST, "tools": [BASH], "tool_choice": {"type": "none"}})[2])
+        assert forbidden["content"][0]["type"] == "text"
+
+
+def test_only_the_sessions_token_is_served() -> None:
+    with serving(says("x")) as (proxy, engine):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": ""}, {"Authorization": proxy.token[:-1]}):
+            status, _, content = ask(proxy, headers=headers)
+            assert status == 401 and json.loads(content)["error"]["type"] == "authentication_error"
+        assert ask(proxy, headers={"x-api-key": proxy.token})[0] == 200
+        assert len(engine.requests) == 1
+
+
+def test_the_other_paths_of_the_client_are_served_and_the_rest_is_a_404_that_goes_nowhere() -> None:
+    with serving(says("x")) as (proxy, engine):
+        assert ask(proxy, "GET", "/health", None, {})[0] == 200
+        assert ask(proxy, "HEAD", "/", None, {})[::2] == (200, b"")
+        assert ask(proxy, "HEAD", "/api/hello", None, {})[0] == 200
+        assert json.loads(ask(proxy, "GET", "/v1/models?limit=1000", None)[2])["data"][0]["id"] == "tiny"
+        assert json.loads(ask(proxy, path="/v1/messages/count_tokens?beta=true")[2])["input_tokens"] > 0
+        for method, path in (
+            ("POST", "/api/event_logging/batch"),
+            ("GET", "/v1/messages"),
+            ("PUT", "/v1/messages"),
+            ("DELETE", "/x"),
+            ("GET", "/"),
+        ):
+            status, headers, content = ask(proxy, method, path, b"{}")
+            assert (status, headers["Content-Type"]) == (404, "application/json")
+            assert json.loads(content)["error"]["type"] == "not_found_error"
+        assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"\xff", 400),
+        (b"[" * 100000, 400),
+        ({"messages": []}, 400),
+        ({**REQUEST, "tools": 5}, 400),
+    ],
+)
+def test_a_bad_request_is_a_400_in_the_clients_words(body: Any, status: int) -> None:
+    with serving(says("x")) as (proxy, engine):
+        answered, _, content = ask(proxy, body=body)
+        assert answered == status and json.loads(content)["error"]["type"] == "invalid_request_error"
+        assert not engine.requests
+
+
+def test_a_request_that_is_too_large_is_refused_before_it_is_read() -> None:
+    with serving(says("x")) as (proxy, _):
+        status, _, content = ask(
+            proxy, body=b"", headers={"x-api-key": proxy.token, "Content-Length": str((64 << 20) + 1)}
+        )
+        assert status == 413 and json.loads(content)["error"]["type"] == "request_too_large"
+
+
+def test_one_connection_serves_one_request_after_the_other() -> None:
+    with serving(says("x")) as (proxy, _):
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.server_address[1], timeout=20)
+        for stream in (True, False, True):
+            connection.request(
+                "POST", "/v1/messages", json.dumps({**REQUEST, "stream": stream}), {"x-api-key": proxy.token}
+            )
+            assert b"x" in connection.getresponse().read()
+        connection.close()
+
+
+def test_an_engine_that_is_down_is_an_overload_which_the_client_tries_again() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with proxy_for(f"http://127.0.0.1:{taken.getsockname()[1]}/v1") as proxy:
+            status, _, content = ask(proxy)
+            assert status == 529 and json.loads(content)["error"]["type"] == "overloaded_error"
+
+
+OVERFLOW = "Prompt sequence length is greater than 4096, perhaps consider using `truncate_sequence`?"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (422, json.dumps({"message": OVERFLOW})),
+        [f"data: {OVERFLOW}\n\n"],
+        [f'data: {{"error": {{"message": "{OVERFLOW}"}}}}\n\n', "data: [DONE]\n\n"],
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_overflow_is_an_http_400_however_the_engine_tells_it(answer: Any, stream: bool) -> None:
+    with serving(answer) as (proxy, _):
+        status, _, content = ask(proxy, body={**REQUEST, "stream": stream})
+        assert (
+            status == 400
+            and json.loads(content)["error"]["message"] == "prompt is too long: 4097 tokens > 4096 maximum"
+        )
+
+
+def test_an_error_after_the_first_word_is_an_error_event() -> None:
+    with serving([chunk("half"), "data: kaboom\n\n"]) as (proxy, _):
+        events = events_of(ask(proxy, body={**REQUEST, "stream": True})[2])
+        assert_legal(events)
+        assert events[-1]["error"] == {"type": "api_error", "message": "the engine: kaboom"}
+
+
+@pytest.mark.parametrize("answer", [[chunk("half")], [chunk("half"), 'data: {"choi'], []])
+def test_a_stream_without_its_end_is_an_error(answer: list[str]) -> None:
+    with serving(answer) as (proxy, _):
+        assert ask(proxy)[0] == 500
+        content = ask(proxy, body={**REQUEST, "stream": True})[2]
+        assert b"cut off" in content
+
+
+def test_pings_come_while_the_engine_reads_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anyclaude, "FIRST_WORD_SECONDS", 0.05)
+    monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.05)
+    go = threading.Event()
+
+    def slow() -> Iterator[str]:
+        assert go.wait(20)
+        yield from says("late")
+
+    with serving(slow()) as (proxy, _):
+        connection = connect(proxy, {**REQUEST, "stream": True})
+        seen = b""
+        while seen.count(b"event: ping") < 3:
+            seen += connection.recv(65536)
+        assert seen.index(b"event: message_start") < seen.index(b"event: ping")
+        go.set()
+        while b"message_stop" not in seen:
+            seen += connection.recv(65536)
+        assert_legal([event for event in events_of(seen) if event["type"] != "ping"])
+        connection.close()
+
+
+def test_an_engine_that_stays_silent_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("FIRST_WORD_SECONDS", 0.02), ("PING_SECONDS", 0.02), ("STALL_SECONDS", 0.2)):
+        monkeypatch.setattr(anyclaude, name, value)
+    stop = threading.Event()
+
+    def silent() -> Iterator[str]:
+        stop.wait(20)
+        yield ""
+
+    with serving(silent()) as (proxy, _):
+        assert events_of(ask(proxy, body={**REQUEST, "stream": True})[2])[-1]["error"]["message"].startswith(
+            "the engine was silent"
+        )
+        stop.set()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_the_client_leaves_the_engine_is_left_at_once(streaming: bool, stream: bool) -> None:
+    """Esc, while the prompt is read and while the answer is written."""
+
+    def answer() -> Iterator[str]:
+        if streaming:
+            yield chunk("first")
+        while True:  # an engine that sees the closed connection only when it writes, like the real one
+            yield ": keep-alive\n\n"
+            time.sleep(0.01)
+
+    with serving(answer()) as (proxy, engine):
+        connection = connect(proxy, {**REQUEST, "stream": stream})
+        assert engine.asked.wait(10)
+        if streaming and stream:
+            assert connection.recv(65536)
+        connection.close()
+        started = time.monotonic()
+        assert engine.left.wait(10)
+        assert time.monotonic() - started < 0.3
+
+
+def test_many_streams_at_once_do_not_mix() -> None:
+    with (
+        fake_engine(lambda request: says(*(request["messages"][0]["content"] + " ") * 20)) as engine,
+        proxy_for(engine.url) as proxy,
+    ):
+        answers: dict[int, Any] = {}
+        threads = [
+            threading.Thread(
+                target=lambda n=n: answers.update(
+                    {n: json.loads(ask(proxy, body={**REQUEST, "messages": [{"role": "user", "content": f"n{n}"}]})[2])}
+                )
+            )
+            for n in range(16)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(answers[n]["content"][0]["text"] == f"n{n} " * 20 for n in range(16))
+
+
+def test_a_remote_server_gets_its_key_and_its_model_name() -> None:
+    with fake_engine(lambda request: says("x")) as engine, proxy_for(engine.url, model="big", key="sesame") as proxy:
+        ask(proxy)
+        assert engine.headers[0]["Authorization"] == "Bearer sesame" and engine.requests[0]["model"] == "big"
+
+
+def test_the_debug_log_is_private_and_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with fake_engine(lambda request: says("x")) as engine, proxy_for(engine.url, 3, key="sesame") as proxy:
+        ask(proxy, body={**REQUEST, "messages": [{"role": "user", "content": f"my token is {proxy.token} and sesame"}]})
+        ask(proxy, path="/nothing")
+    log = tmp_path / ".anyclaude" / "logs" / "debug.log"
+    text = log.read_text()
+    assert "POST /v1/messages" in text and "404" in text and "from the engine" in text
+    assert proxy.token not in text and "sesame" not in text
+    assert log.stat().st_mode & 0o777 == 0o600 and log.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(anyclaude.AnyclaudeError, match=str(port)):
+            Proxy(port, Target("http://127.0.0.1:1/v1"))
+
+
+def test_a_defect_of_ours_is_an_error_for_the_client_and_a_traceback_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(anyclaude, "estimate_tokens", lambda request: 1 // 0)
+    with proxy_for("http://127.0.0.1:1/v1", 1) as proxy:
+        status, _, content = ask(proxy)
+    assert status == 500 and b"ZeroDivisionError" in content
+    assert "Traceback" in (tmp_path / ".anyclaude" / "logs" / "debug.log").read_text()
+
+
+def test_a_body_in_chunks_is_read_wherever_it_is_cut() -> None:
+    data = b"5\r\nhello\r\n1;x=y\r\n\n\r\nA\r\n0123456789\r\n0\r\n\r\n"
+    for size in range(1, len(data)):
+        body = anyclaude.ChunkedBody()
+        assert b"".join(body.feed(data[at : at + size]) for at in range(0, len(data), size)) == b"hello\n0123456789"
+        assert body.ended
