@@ -2383,28 +2383,42 @@ def _ask_help(program: Path, identity: str, cache: Path) -> str:
     return text
 
 
-def chosen_mode(arguments: Sequence[str], environ: Mapping[str, str], cwd: Path, home: Path) -> str:
-    """The permission mode that the user chose, on the command line or in Claude Code's settings; "" for none."""
-    options = dict(zip(arguments, [*arguments[1:], ""]))
-    options.update(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
-    if "--permission-mode" in options:
-        return options["--permission-mode"]
-    if any(name in options for name in SKIP_PERMISSIONS):
-        return "bypassPermissions"
+def claude_settings(
+    arguments: Sequence[str], environ: Mapping[str, str], cwd: Path, home: Path
+) -> tuple[Json, list[Json]]:
+    """Claude Code's own settings -> (those named by --settings, a file or JSON; those of the project and the user).
+    What cannot be read is left for Claude Code to complain of."""
     folder = Path(environ.get("CLAUDE_CONFIG_DIR") or home / ".claude")
-    named = options.get("--settings", "")
-    files = [cwd / ".claude/settings.local.json", cwd / ".claude/settings.json", folder / "settings.json"]
-    for source in [named, *files] if named else files:
-        with contextlib.suppress(AnyclaudeError, ValueError, AttributeError):
+    files = (cwd / ".claude/settings.local.json", cwd / ".claude/settings.json", folder / "settings.json")
+    found: list[Json] = []
+    for source in (option_value(arguments, "--settings"), *files):
+        content: Any = {}
+        with contextlib.suppress(AnyclaudeError, ValueError):
             inline = isinstance(source, str) and source.lstrip().startswith("{")
-            mode = (json.loads(source) if inline else read_json(Path(source))).get("permissions", {}).get("defaultMode")
-            if mode:
-                return str(mode)
-    return ""
+            content = json.loads(source) if inline else read_json(Path(source)) if source else {}
+        found.append(content)
+    return found[0], found[1:]
 
 
-def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt: str = "") -> list[str]:
-    """Claude Code's arguments: ours in front, the user's unchanged behind. Pure.
+def option_value(arguments: Sequence[str], name: str) -> str:
+    """The last value of an option of claude's, "" if it is not given."""
+    values = [following for argument, following in zip(arguments, arguments[1:]) if argument == name]
+    values += [argument.partition("=")[2] for argument in arguments if argument.startswith(name + "=")]
+    return values[-1] if values else ""
+
+
+def chosen_mode(arguments: Sequence[str], settings: Iterable[Json]) -> str:
+    """The permission mode that the user chose, on the command line or in Claude Code's settings; "" for none. Pure."""
+    if any(name in arguments for name in SKIP_PERMISSIONS):
+        return "bypassPermissions"
+    permissions = (content.get("permissions") for content in settings)
+    modes = (str(part.get("defaultMode") or "") for part in permissions if isinstance(part, dict))
+    return option_value(arguments, "--permission-mode") or next(filter(None, modes), "")
+
+
+def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt: str, settings: Path) -> list[str]:
+    """Claude Code's arguments: ours in front, the user's unchanged behind. Pure. `settings`: our file for --settings,
+    of which only the last one counts: it stands right behind one of the user's, whose content it repeats.
 
     Ours are written with "=": several take any number of values, and would swallow the user's prompt."""
     given = {argument.partition("=")[0] for argument in arguments}
@@ -2414,7 +2428,31 @@ def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt
         f"--tools={LEAN_TOOLS}": prompt == "lean" and "--tools" not in given,
         STABLE_PROMPT: STABLE_PROMPT in help_text and not given & {STABLE_PROMPT, "--system-prompt"},
     }
-    return [*(argument for argument, wanted in ours.items() if wanted), *arguments]
+    named = [
+        at + (argument == "--settings") + 1
+        for at, argument in enumerate(arguments)
+        if argument.partition("=")[0] == "--settings"
+    ]
+    place = max(named, default=0)
+    return [
+        *(argument for argument, wanted in ours.items() if wanted),
+        *arguments[:place],
+        f"--settings={settings}",
+        *arguments[place:],
+    ]
+
+
+@contextlib.contextmanager
+def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Path]:
+    """A private file with the settings that the user named and our variables: `env` in Claude Code's settings, which
+    may have come with a cloned project, wins over the environment and could send the session elsewhere."""
+    env = {**(named.get("env") or {}), **{name: environment[name] for name in OUR_VARIABLES}}
+    path = state_path("run", f"claude-{os.getpid()}.json")
+    write_private(path, json.dumps({**named, "env": env}))
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def explain_mode(mode: str) -> None:
@@ -2551,10 +2589,13 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
         window = target.window or DEFAULT_WINDOW
         session = Session(proxy.url, proxy.token, target.name, window, min(settings.max_tokens, window // 4))
-        mode = chosen_mode(arguments, environ, Path.cwd(), Path.home())
+        environment = claude_environment(environ, session)
+        named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
+        mode = chosen_mode(arguments, [named, *others])
         explain_mode(mode)
-        arguments = claude_arguments(arguments, claude_help(claude), mode, settings.prompt)
-        return run_claude(claude, arguments, claude_environment(environ, session))
+        with session_settings(named, environment) as path:
+            arguments = claude_arguments(arguments, claude_help(claude), mode, settings.prompt, path)
+            return run_claude(claude, arguments, environment)
 
 
 def exit_on_signals() -> None:
