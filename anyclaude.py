@@ -329,7 +329,7 @@ def checked(kind: str, value: Any, folder: Path) -> Any:
 
 def _absolute(text: str, folder: Path) -> str:
     """`~` and relative paths made absolute. What is not there and could be a Hugging Face id stays as it is."""
-    path = folder / Path(text).expanduser()
+    path = folder / os.path.expanduser(text)
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not path.exists()
     return text if is_hub_id else os.path.normpath(path)
 
@@ -357,14 +357,17 @@ def _texts(value: Any) -> list[str]:
 def _numbers(value: Any) -> dict[str, float]:
     with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value
-        if set(value) <= set(SAMPLING) and all(type(number) in (int, float) for number in value.values()):
-            return dict(value)
-    raise ValueError("an object of numbers under " + ", ".join(SAMPLING))
+    numbers = value if isinstance(value, dict) else {"": value}
+    if not set(numbers) <= set(SAMPLING) or not all(type(number) in (int, float) for number in numbers.values()):
+        raise ValueError("an object of numbers under " + ", ".join(SAMPLING))
+    return numbers
 
 
 def is_loopback(url: str) -> bool:
     """Whether `url` is on this machine."""
-    return urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    with contextlib.suppress(ValueError):  # of a URL that is none
+        return urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return False
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -394,7 +397,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
 def settings_files(cwd: Path, home: Path, named: str = "") -> list[tuple[Path, bool]]:
     """Settings files, strongest first, as (path, trusted). One named by --config-file stands for both others."""
     if named:
-        return [(cwd / Path(named).expanduser(), True)]
+        return [(cwd / os.path.expanduser(named), True)]
     folders = [*itertools.takewhile(lambda folder: folder != home, (cwd, *cwd.parents))]
     project = next((folder / SETTINGS_FILE for folder in folders if (folder / SETTINGS_FILE).is_file()), None)
     found = [(project, False)] if project else []
@@ -413,7 +416,8 @@ class _Sources:
         try:
             layer[key.field] = checked(key.kind, value, folder)
         except ValueError as error:
-            self.problems.append(f"{where}: expected {error}, found {json.dumps(value, ensure_ascii=False)[:80]}.")
+            found = "another value" if key.field == "api_key" else json.dumps(value, ensure_ascii=False)[:80]
+            self.problems.append(f"{where}: expected {error}, found {found}.")
 
     def unknown(self, where: str, name: str, known: Iterable[str]) -> None:
         """Warn of a key that nothing reads."""
@@ -710,7 +714,7 @@ def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
             message = f"binary {settings.binary} is not a mistral.rs program that runs here."
             raise AnyclaudeError(message, 'Correct "binary" in ~/.anyclauderc.json, or remove it.')
         return engine
-    home, release = Path.home(), Path(settings.source_dir).expanduser() / "target" / "release"
+    home, release = Path.home(), Path(os.path.expanduser(settings.source_dir)) / "target" / "release"
     folders = [*search_path(environ), release, home / ".local/bin", home / ".mistralrs", home / ".cargo/bin"]
     for generation in GENERATIONS:
         for program in filter(None, (which(generation.program, [folder]) for folder in folders)):
@@ -2446,7 +2450,8 @@ def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt
 def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Path]:
     """A private file with the settings that the user named and our variables: `env` in Claude Code's settings, which
     may have come with a cloned project, wins over the environment and could send the session elsewhere."""
-    env = {**(named.get("env") or {}), **{name: environment[name] for name in OUR_VARIABLES}}
+    theirs = named.get("env")
+    env = {**(theirs if isinstance(theirs, dict) else {}), **{name: environment[name] for name in OUR_VARIABLES}}
     path = state_path("run", f"claude-{os.getpid()}.json")
     write_private(path, json.dumps({**named, "env": env}))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -224,6 +225,44 @@ def test_a_settings_file_that_cannot_be_used_is_named(place: Place, content: str
     assert part in caught.value.message
     assert str(path) in caught.value.message or "backend" in caught.value.message
     assert caught.value.fix
+
+
+JUNK = [
+    None,
+    True,
+    -1,
+    1.5,
+    "",
+    " ",
+    "\0",
+    "~nobody/x",
+    "http://[::1",
+    "http://h:x/",
+    [],
+    [1],
+    {},
+    {"a": []},
+    "\ud800",
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("value", JUNK)
+def test_no_value_of_any_key_makes_a_traceback(place: Place, value: object) -> None:
+    for folder in (place.home, place.project):
+        place.write(folder, one(**{key.json: value for key in anyclaude.KEYS if key.json}))
+        with contextlib.suppress(AnyclaudeError):
+            place.load()
+    for key in anyclaude.KEYS:
+        with contextlib.suppress(AnyclaudeError):
+            place.load({key.flag: str(value)} if key.flag else {}, {key.variable: str(value)})
+
+
+def test_an_api_key_is_never_shown(place: Place) -> None:
+    place.write(place.home, one(apiKey=["sesame"]))
+    with pytest.raises(AnyclaudeError) as caught:
+        place.load()
+    assert "apiKey" in caught.value.message and "sesame" not in caught.value.message
 
 
 def test_a_settings_file_in_another_encoding_is_named(place: Place) -> None:
