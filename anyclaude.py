@@ -30,8 +30,6 @@ import hmac
 import http.client
 import itertools
 import json
-import logging
-import logging.handlers
 import os
 import queue
 import re
@@ -72,6 +70,11 @@ STOP_SECONDS = 5.0  # between TERM and KILL
 
 Json = dict[str, Any]  # a JSON object
 Version = tuple[int, int, int]
+
+
+def as_object(value: Any) -> Json:
+    """`value` if it is a JSON object, otherwise an empty one: what others send is never trusted to have its shape."""
+    return value if isinstance(value, dict) else {}
 
 
 class AnyclaudeError(Exception):
@@ -128,12 +131,12 @@ def state_path(*parts: str) -> Path:
     return folder / parts[-1]
 
 
-def write_private(path: Path, text: str) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Replace the file at `path` in one step; mode 0600."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp makes it 0600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            json.dump(value, file)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -143,7 +146,7 @@ def write_private(path: Path, text: str) -> None:
 def read_json(path: Path) -> Json:
     """The JSON object in `path`. Raises AnyclaudeError that names the file and, for bad JSON, line and column."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
         problem = "" if isinstance(content, dict) else f"expected an object, found {type(content).__name__}"
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
@@ -153,7 +156,7 @@ def read_json(path: Path) -> Json:
         problem = f"cannot be read: {error.strerror}"
     if problem:
         raise AnyclaudeError(f"{path}: {problem}.", "Correct the file, or move it away.")
-    return content
+    return as_object(content)
 
 
 def rotated_log(path: Path, keep: int = 3) -> int:
@@ -188,19 +191,20 @@ def is_program(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
-def search_path(environ: Mapping[str, str]) -> list[str]:
+def search_path(environ: Mapping[str, str]) -> list[str | Path]:
     """The folders of PATH."""
-    return environ.get("PATH", os.defpath).split(os.pathsep)
+    return [*environ.get("PATH", os.defpath).split(os.pathsep)]
 
 
 def output_of(*command: str) -> str:
     """What a short command prints, on either stream; "" if it fails."""
-    streams: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    to_pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "NO_COLOR": "1", "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, **streams, env={**os.environ, "LC_ALL": "C"}, timeout=20, check=True)
+        done = subprocess.run(command, **to_pipe, env=environment, timeout=20, check=True)  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
         return ""
-    return bytes(done.stdout).decode("utf-8", "replace")
+    return str(done.stdout, "utf-8", "replace")
 
 
 def terminate(process: subprocess.Popen[bytes], kill: Callable[[int, int], None] = os.kill) -> None:
@@ -575,8 +579,7 @@ def inspect_model(path: str, config: Json | None, generation: Json, arch: str = 
     elif not arch:
         arch, since = _architecture(path, config.get("architectures"))
     config = config or {}
-    inner = config.get("text_config")
-    configs = [config, inner] if isinstance(inner, dict) else [config]
+    configs = (config, as_object(config.get("text_config")))
     lengths = [part.get("max_position_embeddings") for part in configs]
     sampling = {key: generation[key] for key in SAMPLING if type(generation.get(key)) in (int, float)}
     return Model(
@@ -794,7 +797,7 @@ def supervise() -> int:
         print(f"{spec['command'][0]}: {error.strerror}", flush=True)
         return 1
     state = {**spec, "pid": engine.pid, "born": birth(engine.pid)}
-    write_private(files.state, json.dumps(state))
+    write_json(files.state, state)
     print("started", flush=True)
     null = os.open(os.devnull, os.O_RDWR)
     for handle in (0, 1, 2):
@@ -813,7 +816,7 @@ def supervise() -> int:
     ended = events.get() == "ended"
     terminate(engine, os.killpg)
     if ended:
-        write_private(files.state, json.dumps({**state, "exit": engine.returncode}))
+        write_json(files.state, {**state, "exit": engine.returncode})
     else:
         files.state.unlink()
     os.close(alive)  # before `sessions`, so that who gets that one finds this one free
@@ -1083,8 +1086,8 @@ def _block_text(block: Json) -> str:
         return str(block.get("text") or "")
     if kind in ("thinking", "redacted_thinking"):
         return ""
-    source = block.get("source")
-    if kind == "document" and isinstance(source, dict) and source.get("type") == "text":
+    source = as_object(block.get("source"))
+    if kind == "document" and source.get("type") == "text":
         return str(source.get("data") or "")
     return f"[{kind} content that this model cannot read]"
 
@@ -1164,8 +1167,7 @@ def _client_tools(body: Json) -> list[Json]:
 
 def callable_tools(body: Json) -> dict[str, Json]:
     """The tools that the reply may call: name -> input schema."""
-    choice = body.get("tool_choice")
-    forbidden = isinstance(choice, dict) and choice.get("type") == "none"
+    forbidden = as_object(body.get("tool_choice")).get("type") == "none"
     return {} if forbidden else {tool["name"]: tool["input_schema"] for tool in _client_tools(body)}
 
 
@@ -1178,12 +1180,12 @@ def _openai_tool(tool: Json) -> Json:
 def _tool_choice(body: Json, own_tools: bool) -> Any:
     """With our own parser always "none": the template still shows the tools, but the engine's parser and its grammar,
     which corrupt calls that are correct, stay off."""
-    choice = body.get("tool_choice") if isinstance(body.get("tool_choice"), dict) else {}
+    choice = as_object(body.get("tool_choice"))
     if own_tools:
         return "none"
     if choice.get("type") == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    return {"any": "required", "none": "none"}.get(choice.get("type", ""), "auto")
+    return {"any": "required", "none": "none"}.get(str(choice.get("type")), "auto")
 
 
 def translate_request(body: Any, target: Target) -> Json:
@@ -1198,9 +1200,10 @@ def translate_request(body: Any, target: Target) -> Json:
     system = _system_text(body.get("system"))
     messages: list[Json] = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("role") not in _TURNS:
+        add_turn = _TURNS.get(str(as_object(turn).get("role")))
+        if add_turn is None:
             raise ApiError(400, f"messages.{number}.role: must be user, assistant or system")
-        _TURNS[turn["role"]](messages, _blocks(turn.get("content"), f"messages.{number}.content"))
+        add_turn(messages, _blocks(turn.get("content"), f"messages.{number}.content"))
     if all(message["role"] == "system" for message in messages):
         raise ApiError(400, "messages: text content is required")
     wanted = body.get("max_tokens")
@@ -1237,6 +1240,7 @@ TextEvent = tuple[str, str]  # ("text", s), ("thinking", s), ("call", tool name)
 Reader = Generator[None, None, Any]  # a parser that yields when it needs more text
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_FENCE = re.compile(r"[ \t]*(```|~~~)")
 _PLAIN_JSON = re.compile(r"[^\"'\\\x00-\x1f]+|'")  # inside a string, up to what needs a look
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 
@@ -1327,9 +1331,10 @@ class JsonRepair:
         elif char < " ":
             out.append(_ESCAPES.get(char, f"\\u{ord(char):04x}"))
         else:
-            end = _PLAIN_JSON.match(text, at).end()  # type: ignore[union-attr]  (it matches one character at least)
-            out.append(text[at:end])
-            return end
+            plain_text = _PLAIN_JSON.match(text, at)
+            assert plain_text is not None  # what it does not match was handled above
+            out.append(plain_text[0])
+            return plain_text.end()
         return at + 1
 
 
@@ -1353,7 +1358,7 @@ def _partial(text: str, words: Iterable[str]) -> int:
 
 def _coerce(value: str, schema: Any) -> str | None:
     """A parameter in XML as JSON by its schema; None if it is a string, which can be handed on unread."""
-    types = schema.get("type", "string") if isinstance(schema, dict) else "string"
+    types = as_object(schema).get("type", "string")
     types = types if isinstance(types, list) else [types]
     if "string" in types:
         return None
@@ -1377,7 +1382,8 @@ class ToolText:
         self._find = re.compile("|".join(map(re.escape, self._openers)) or r"(?!)")
         self._buffer, self._at = "", 0
         self._final = self._natural = False
-        self._said: list[str] = []
+        self._said: list[str] = []  # since `_in_code` was last asked
+        self._fenced = False
         self._events: list[TextEvent] = []
         self._parser = self._run()
         next(self._parser)
@@ -1421,14 +1427,19 @@ class ToolText:
 
     def _read_call(self, opener: str) -> Reader:
         """Whether a call begins here (then it has been read). Not in code, where people write about calls."""
-        said = "".join(self._said[-200:])
-        in_code = said.endswith("`") or len(re.findall(r"(?m)^[ \t]*(?:```|~~~)", "".join(self._said))) % 2
-        for row in TOOL_FORMATS if not in_code else ():
+        for row in TOOL_FORMATS if not self._in_code() else ():
             self._at = 0
             if opener in row.openers and (yield from row.read(self)):
                 return True
         self._at = 0
         return False
+
+    def _in_code(self) -> bool:
+        """Whether what was said so far ends in a code block or behind a backtick."""
+        *lines, last = "".join(self._said).split("\n")
+        self._fenced ^= sum(_FENCE.match(line) is not None for line in lines) % 2 == 1
+        self._said = [last[:99] + last[99:][-1:]]  # its beginning and its end are all that will be asked for
+        return last.endswith("`") or self._fenced != (_FENCE.match(last) is not None)
 
     # Small steps. Each looks at the buffer from `_at`, and yields when that is not enough to decide.
 
@@ -1537,7 +1548,7 @@ class ToolText:
             first = yield from self._space()
             if key == "name":
                 self._at += 1
-                name = (yield from self._name_until(first)) if first and first in "\"'" else None
+                name = ((yield from self._name_until(first)) if first and first in "\"'" else None) or ""
                 if not name:
                     return False
             elif key in ("arguments", "parameters") and name:
@@ -1598,8 +1609,7 @@ class ToolText:
             return False  # prose
         self._at = behind
         self._begin(name)
-        properties = self._tools[name].get("properties")
-        properties = properties if isinstance(properties, dict) else {}
+        properties = as_object(self._tools[name].get("properties"))
         before = "{"
         while True:
             yield from self._space()
@@ -1739,10 +1749,9 @@ class EventStream:
 def engine_error(status: int, text: str, prompt_tokens: int) -> ApiError:
     """An engine's error (JSON or plain text) in the client's words. An overflow makes the client compact and go on."""
     with contextlib.suppress(ValueError):
-        content = json.loads(text)
-        if isinstance(content, dict):
-            inner = content.get("error", content.get("message", content))
-            text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+        content = as_object(json.loads(text))
+        inner = content.get("error", content)
+        text = str(as_object(inner).get("message") or (inner if inner is not content else text))
     for pattern in OVERFLOWS:
         found = re.search(pattern, text)
         if found:
@@ -1793,7 +1802,7 @@ class Reply:
         if self._state == "new":
             self._state = "open"
             message = {"id": "msg_" + self._new_id(), "type": "message", "role": "assistant", "model": self._model}
-            later = {
+            later: Json = {
                 "content": [],
                 "stop_reason": None,
                 "stop_sequence": None,
@@ -1807,19 +1816,20 @@ class Reply:
         if self._state == "ended":
             return []
         first = self.start()
-        self._count(chunk.get("usage"))
+        self._count(as_object(chunk.get("usage")))
         choices = chunk.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-        delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
+        choice = as_object(choices[0]) if isinstance(choices, list) and choices else {}
+        delta = as_object(choice.get("delta"))
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(thought, str):
             self._apply([("thinking", thought)])
         if isinstance(delta.get("content"), str) and delta["content"]:
             self._output += not chunk.get("usage")
             self._apply(self._text.feed(delta["content"]))
-        for call in delta.get("tool_calls") or []:
+        calls = delta.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
             self._call_of_engine(call)
-        self._reason = choice.get("finish_reason") or self._reason
+        self._reason = str(choice.get("finish_reason") or self._reason)
         return first + self._take()
 
     def finish(self, done: bool) -> list[Event]:
@@ -1854,13 +1864,11 @@ class Reply:
         events, self._events = self._events, []
         return events
 
-    def _count(self, usage: Any) -> None:
-        if not isinstance(usage, dict):
-            return
-        details = usage.get("prompt_tokens_details")
-        self._prompt = usage.get("prompt_tokens") or self._prompt
-        self._output = usage.get("completion_tokens") or self._output
-        self._cached = (details.get("cached_tokens") or 0) if isinstance(details, dict) else self._cached
+    def _count(self, usage: Json) -> None:
+        details = as_object(usage.get("prompt_tokens_details"))
+        counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens"))
+        pairs = zip(counts, (self._prompt, self._output, self._cached))
+        self._prompt, self._output, self._cached = (new if type(new) is int and new > 0 else old for new, old in pairs)
 
     def _apply(self, events: Iterable[TextEvent]) -> None:
         for kind, text in events:
@@ -1892,9 +1900,8 @@ class Reply:
 
     def _call_of_engine(self, call: Any) -> None:
         """A call that the engine parsed: whole, or as deltas; index and id may be missing."""
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            return
+        call = as_object(call)
+        function = as_object(call.get("function"))
         identity = call.get("index", call.get("id"))
         if function.get("name") and (self._block != "tool_use" or identity is None or identity != self._engine_call):
             self._begin_call(str(function["name"]), str(call.get("id") or ""))
@@ -1964,11 +1971,7 @@ FIRST_WORD_SECONDS = 2.0  # before the reply is begun: an error can still have i
 PING_SECONDS = 5.0
 STALL_SECONDS = 900.0
 BODY_LIMIT = 64 << 20  # bytes
-
-
-class _PrivateLog(logging.handlers.RotatingFileHandler):
-    def _open(self) -> Any:
-        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600))
+DEBUG_LOG_LIMIT = 10 << 20
 
 
 class DebugLog:
@@ -1976,16 +1979,22 @@ class DebugLog:
 
     def __init__(self, level: int, hidden: Iterable[str]) -> None:
         self._level, self._hidden = level, [secret for secret in hidden if secret]
-        self._file = _PrivateLog(state_path("logs", "debug.log"), maxBytes=10 << 20, backupCount=3) if level else None
+        self._path = state_path("logs", "debug.log") if level else Path()
+        self._file = rotated_log(self._path) if level else -1
+        self._lock = threading.Lock()
 
     def __call__(self, level: int, text: str | Callable[[], str]) -> None:
         """Write `text` (or what it returns, so that nothing is made in vain) if this level is wanted."""
-        if self._file and level <= self._level:
-            shown = text if isinstance(text, str) else text()
-            for secret in self._hidden:
-                shown = shown.replace(secret, "[secret]")
-            shown = time.strftime("%Y-%m-%d %H:%M:%S ") + shown
-            self._file.handle(logging.LogRecord("anyclaude", logging.INFO, "", 0, shown, None, None))
+        if level > self._level:
+            return
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text if isinstance(text, str) else text()}\n"
+        for secret in self._hidden:
+            line = line.replace(secret, "[secret]")
+        with self._lock:
+            if os.fstat(self._file).st_size > DEBUG_LOG_LIMIT:
+                os.close(self._file)
+                self._file = rotated_log(self._path)
+            os.write(self._file, line.encode("utf-8", "replace"))
 
 
 class ChunkedBody:
@@ -2374,17 +2383,13 @@ def claude_help(program: Path) -> str:
     """The text of `claude --help`, kept by the program's path, size and time: asking takes half a second."""
     status = program.resolve().stat()
     identity = f"{program.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cache = state_path("cache", "claude-help.json")
+    cache, kept = state_path("cache", "claude-help.json"), {}
     with contextlib.suppress(AnyclaudeError):
-        return str(read_json(cache).get(identity) or "") or _ask_help(program, identity, cache)
-    return _ask_help(program, identity, cache)
-
-
-def _ask_help(program: Path, identity: str, cache: Path) -> str:
-    text = output_of(str(program), "--help")
-    if text:
-        write_private(cache, json.dumps({identity: text}))
-    return text
+        kept = read_json(cache)
+    if not kept.get(identity):
+        kept = {identity: output_of(str(program), "--help")}
+        write_json(cache, kept)
+    return str(kept[identity])
 
 
 def claude_settings(
@@ -2399,8 +2404,8 @@ def claude_settings(
         content: Any = {}
         with contextlib.suppress(AnyclaudeError, ValueError):
             inline = isinstance(source, str) and source.lstrip().startswith("{")
-            content = json.loads(source) if inline else read_json(Path(source)) if source else {}
-        found.append(content)
+            content = json.loads(str(source)) if inline else read_json(Path(source)) if source else {}
+        found.append(as_object(content))
     return found[0], found[1:]
 
 
@@ -2415,8 +2420,7 @@ def chosen_mode(arguments: Sequence[str], settings: Iterable[Json]) -> str:
     """The permission mode that the user chose, on the command line or in Claude Code's settings; "" for none. Pure."""
     if any(name in arguments for name in SKIP_PERMISSIONS):
         return "bypassPermissions"
-    permissions = (content.get("permissions") for content in settings)
-    modes = (str(part.get("defaultMode") or "") for part in permissions if isinstance(part, dict))
+    modes = (str(as_object(content.get("permissions")).get("defaultMode") or "") for content in settings)
     return option_value(arguments, "--permission-mode") or next(filter(None, modes), "")
 
 
@@ -2450,10 +2454,9 @@ def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt
 def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Path]:
     """A private file with the settings that the user named and our variables: `env` in Claude Code's settings, which
     may have come with a cloned project, wins over the environment and could send the session elsewhere."""
-    theirs = named.get("env")
-    env = {**(theirs if isinstance(theirs, dict) else {}), **{name: environment[name] for name in OUR_VARIABLES}}
+    env = {**as_object(named.get("env")), **{name: environment[name] for name in OUR_VARIABLES}}
     path = state_path("run", f"claude-{os.getpid()}.json")
-    write_private(path, json.dumps({**named, "env": env}))
+    write_json(path, {**named, "env": env})
     try:
         yield path
     finally:
@@ -2467,7 +2470,7 @@ def explain_mode(mode: str) -> None:
         say("permission mode auto: its safety check runs on Anthropic's servers, and cannot work with a local model.")
     elif not mode and not told.exists():
         say("permission mode: default, Claude Code asks before it acts (auto mode's check needs Anthropic's servers).")
-        write_private(told, "")
+        write_json(told, {})
 
 
 def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -2531,32 +2534,36 @@ def client_name(name: str) -> str:
 @contextlib.contextmanager
 def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[Target]:
     """Make an engine serve -> what the proxy must know of it. What was started is gone afterwards."""
-    limits = {"max_tokens": settings.max_tokens, "window": settings.context_window}
+    target = Target("", "anyclaude-demo", window=settings.context_window, max_tokens=settings.max_tokens)
     if settings.demo:
         demo = start_demo_engine()
         say("demo: a small engine inside anyclaude answers, no model is loaded")
-        yield Target(f"http://{LOOPBACK}:{demo.server_address[1]}/v1", "anyclaude-demo", window=200_000)
-        demo.shutdown()
+        url = f"http://{LOOPBACK}:{demo.server_address[1]}/v1"
+        yield dataclasses.replace(target, url=url, window=settings.context_window or 200_000)
     elif settings.kind == "remote":
         say(f"using the server at {settings.base_url}, model {settings.model}")
-        own_tools, name = settings.tool_calls == "text", client_name(settings.model)
-        yield Target(
-            settings.base_url, name, settings.model, settings.api_key, own_tools, sampling=settings.sampling, **limits
+        yield dataclasses.replace(
+            target,
+            url=settings.base_url,
+            name=client_name(settings.model),
+            model=settings.model,
+            key=settings.api_key,
+            own_tools=settings.tool_calls == "text",
+            sampling=settings.sampling,
         )
     else:
         if not settings.model_path:
-            raise AnyclaudeError(
-                "no model is configured.", "anyclaude --model-path /path/to/model\nor, with no model: anyclaude --demo"
-            )
+            fix = "anyclaude --model-path /path/to/model\nor, to see it work with no model: anyclaude --demo"
+            raise AnyclaudeError("no model is configured.", fix)
         model = read_model(settings.model_path, settings.arch)
-        limits["window"] = settings.context_window or model.context
         with contextlib.closing(start_engine(find_engine(settings, environ), model, settings)) as share:
-            yield Target(
-                f"http://{LOOPBACK}:{share.port}/v1",
-                client_name(model.name),
+            yield dataclasses.replace(
+                target,
+                url=f"http://{LOOPBACK}:{share.port}/v1",
+                name=client_name(model.name),
+                window=settings.context_window or model.context,
                 own_tools=settings.tool_calls != "engine",
                 sampling={**model.sampling, **settings.sampling},
-                **limits,
             )
 
 

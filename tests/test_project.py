@@ -66,6 +66,11 @@ def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+def test_the_type_hints_are_right(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "mypy", "--strict", "--python-version=3.10", f"--cache-dir={tmp_path}", PROGRAM)
+
+
+@pytest.mark.slow
 def test_nothing_newer_than_python_3_9_is_used() -> None:
     run(Path(sys.executable).parent / "vermin", "--no-tips", "--eval-annotations", "-t=3.9-", "--violations", PROGRAM)
 
