@@ -99,7 +99,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print `text`, each line of it behind `[anyclaude]`."""
-        self._write("".join(f"[anyclaude] {line}\n" for line in text.split("\n")), "")
+        self._write("".join(f"[anyclaude] {plain(line)}\n" for line in text.split("\n")), "")
 
     def waiting(self, text: str) -> None:
         """Put `text` in place of the live line; "" takes that away."""
@@ -146,11 +146,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Json:
     """The JSON object in `path`. Raises AnyclaudeError that names the file and, for bad JSON, line and column."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         problem = "" if isinstance(content, dict) else f"expected an object, found {type(content).__name__}"
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         problem = f"not valid JSON: {error}"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
@@ -163,20 +163,24 @@ def rotated_log(path: Path, keep: int = 3) -> int:
     """Move earlier logs on (`x.log` to `x.log.1` ...) and open a new one to append to; mode 0600. A file descriptor."""
     names = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, keep + 1))]
     for older, newer in reversed(list(zip(names, names[1:]))):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.replace(older, newer)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
+_LOG_PREFIX = re.compile(r"\S+Z +(INFO|(?=WARN|ERROR))( [\w:]+: )?")  # time, level and module of a tracing line
+
+
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a log that hold anything, made plain."""
+    """The last `count` lines of a log that hold anything, made plain and without time and module."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return [line for line in map(plain, re.split(r"[\r\n]+", text)) if line.strip()][-count:]
+    lines = (_LOG_PREFIX.sub("", plain(line)) for line in re.split(r"[\r\n]+", text))
+    return [line for line in lines if line.strip()][-count:]
 
 
 def which(name: str, folders: Iterable[str | Path]) -> Path | None:
@@ -198,13 +202,16 @@ def search_path(environ: Mapping[str, str]) -> list[str | Path]:
 
 def output_of(*command: str) -> str:
     """What a short command prints, on either stream; "" if it fails."""
-    to_pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = {**os.environ, "NO_COLOR": "1", "LC_ALL": "C"}
+    program = which(command[0], ["/", *search_path(os.environ)])  # an absolute path stays what it is
+    if not program:
+        return ""
+    line, env = [str(program), *command[1:]], {**os.environ, "NO_COLOR": "1", "LC_ALL": "C"}
+    no_input, joined = subprocess.DEVNULL, subprocess.STDOUT
     try:
-        done = subprocess.run(command, **to_pipe, env=environment, timeout=20, check=True)  # type: ignore[call-overload]
+        output = subprocess.check_output(line, stdin=no_input, stderr=joined, env=env, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return str(done.stdout, "utf-8", "replace")
+    return output.decode("utf-8", "replace")
 
 
 def terminate(process: subprocess.Popen[bytes], kill: Callable[[int, int], None] = os.kill) -> None:
@@ -279,7 +286,7 @@ KEYS = (
     Key("kind", "mistralrs|remote", "kind", trusted=True),
     Key("port", "0..65535", "port", "--engine-port"),
     Key("base_url", "url", "baseUrl", "--base-url"),
-    Key("api_key", "text", "apiKey", trusted=True),
+    Key("api_key", "key", "apiKey", trusted=True),
     Key("model", "text", "model"),
     Key("model_path", "path", "modelPath", "--model-path"),
     Key("max_tokens", "1..10000000", "maxTokens"),
@@ -300,7 +307,7 @@ KEYS = (
     Key("debug", "0..3"),
 )
 OWN_OPTIONS = {key.flag: key for key in KEYS if key.flag}
-SWITCHES = {"--help", "--version", *(key.flag for key in KEYS if key.kind == "flag" and key.flag)}
+SWITCHES = {*(key.flag for key in KEYS if key.kind == "flag" and key.flag)}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -308,11 +315,10 @@ _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0":
 def checked(kind: str, value: Any, folder: Path) -> Any:
     """`value` (from JSON, or a text from a flag or the environment) as what `kind` says. `folder`: what relative
     paths start from. Raises ValueError that says what was expected."""
-    if kind in ("text", "path", "url"):
-        if not isinstance(value, str) or not value.strip() or "\0" in value:
-            raise ValueError("a text that is not empty")
-        value = value.strip()
-        return _absolute(value, folder) if kind == "path" else _url(value) if kind == "url" else value
+    if kind in ("text", "path", "url", "key"):
+        if not _is_text(value) or not value.strip() or (kind == "key" and not re.fullmatch(r"[!-~]+", value)):
+            raise ValueError("a text that is not empty" + (", of ASCII characters without space" * (kind == "key")))
+        return _absolute(value, folder) if kind == "path" else _url(value) if kind == "url" else value.strip()
     if kind == "note":
         return str(value)
     if kind == "flag":
@@ -331,6 +337,14 @@ def checked(kind: str, value: Any, folder: Path) -> Any:
     return _texts(value) if kind == "texts" else _numbers(value)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether `value` is a text that can be passed to a program."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
 def _absolute(text: str, folder: Path) -> str:
     """`~` and relative paths made absolute. What is not there and could be a Hugging Face id stays as it is."""
     path = folder / os.path.expanduser(text)
@@ -340,26 +354,22 @@ def _absolute(text: str, folder: Path) -> str:
 
 def _url(text: str) -> str:
     with contextlib.suppress(ValueError):  # of a port that is none
-        parts = urllib.parse.urlsplit(text)
-        if (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not parts.query + parts.fragment
-        ):
-            return text.rstrip("/")
+        parts = urllib.parse.urlsplit(text.strip())
+        extra = parts.query or parts.fragment or parts.username
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not extra:
+            return text.strip().rstrip("/")
     raise ValueError("a URL like http://localhost:8081/v1")
 
 
 def _texts(value: Any) -> list[str]:
     value = shlex.split(value) if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
+    if not isinstance(value, list) or not all(map(_is_text, value)):
         raise ValueError("a list of texts")
     return value
 
 
 def _numbers(value: Any) -> dict[str, float]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(value) if isinstance(value, str) else value
     numbers = value if isinstance(value, dict) else {"": value}
     if not set(numbers) <= set(SAMPLING) or not all(type(number) in (int, float) for number in numbers.values()):
@@ -402,7 +412,8 @@ def settings_files(cwd: Path, home: Path, named: str = "") -> list[tuple[Path, b
     """Settings files, strongest first, as (path, trusted). One named by --config-file stands for both others."""
     if named:
         return [(cwd / os.path.expanduser(named), True)]
-    folders = [*itertools.takewhile(lambda folder: folder != home, (cwd, *cwd.parents))]
+    above_project = (home, home.resolve())
+    folders = [*itertools.takewhile(lambda folder: folder not in above_project, (cwd, *cwd.parents))]
     project = next((folder / SETTINGS_FILE for folder in folders if (folder / SETTINGS_FILE).is_file()), None)
     found = [(project, False)] if project else []
     return [*found, (home / SETTINGS_FILE, True)] if (home / SETTINGS_FILE).is_file() else found
@@ -471,6 +482,8 @@ class _Sources:
                     f"{where}: ignored, because a project's file may not run programs or redirect traffic. "
                     f"Set it in ~/{SETTINGS_FILE}, or as {key.variable}."
                 )
+        if "base_url" in layer and not trusted:
+            layer["api_key"] = ""  # the home file's key is not for a server that the project chose
         port = urllib.parse.urlsplit(layer.get("base_url", "")).port
         if port and is_loopback(layer["base_url"]) and layer.setdefault("port", port) != port:
             self.problems.append(f"{path}: backends.{name}: port and baseUrl name different ports. Keep one of them.")
@@ -498,8 +511,9 @@ def load_settings(
     defined = [name for _, layers in files for name in layers]
     wanted = [environ.get("ANYCLAUDE_BACKEND", ""), *(choice for choice, _ in files), *defined, "mlx"]
     backend = next(filter(None, wanted))
-    if defined and backend not in defined:
-        sources.problems.append(f'backend "{backend}" is none of the backends that are set: {", ".join(defined)}.')
+    known = defined or ["mlx", "remote"]
+    if backend not in known:
+        sources.problems.append(f'backend "{backend}" is none of the backends that are set: {", ".join(known)}.')
 
     merged: Json = {"kind": "remote" if backend == "remote" else "mistralrs"}
     for layer in reversed([flags, variables, *(layers.get(backend, {}) for _, layers in files)]):
@@ -614,9 +628,8 @@ def read_model(path: str, arch: str = "") -> Model:
         message = f"{path} is a GGUF file, which this version of anyclaude does not start."
         raise AnyclaudeError(message, "Use the folder of the safetensors model: --model-path /path/to/folder")
     if not folder.is_dir():
-        raise AnyclaudeError(
-            f"there is no model folder {path}.", "Name one that is there: --model-path /path/to/folder"
-        )
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise AnyclaudeError(f"the model {path} {what}.", "Name the model's folder: --model-path /path/to/folder")
     config, generation = (
         read_json(folder / name) if (folder / name).exists() else None
         for name in ("config.json", "generation_config.json")
@@ -655,7 +668,8 @@ LOG_HINTS = (
         r"does not fit on the devices|[Oo]ut ?[Oo]f ?[Mm]emory",
         "Quantise it harder (--isq Q3K), or choose a smaller model.",
     ),
-    (r"Unsupported Hugging Face|Unknown architecture", "Update mistral.rs, or choose another model."),
+    (r"Unknown architecture", "Correct --arch, or leave it out."),
+    (r"Unsupported Hugging Face", "Update mistral.rs, or choose another model."),
     (r"tokenizer\.json.{0,60}not found", "The model folder has no tokenizer.json: download the model again."),
     (r"Expected file with extension one of", "The model folder has no weights: download the model again."),
     (r"shape mismatch for", "The weights do not fit config.json, as with models quantised for MLX: use the original."),
@@ -663,6 +677,7 @@ LOG_HINTS = (
     (r"ISQ type .* unknown|invalid value '.*' for '--isq", "Choose a quantisation that the engine knows: --isq Q4K"),
     (r"unexpected argument '", "This engine has no such option: correct extraArgs in ~/.anyclauderc.json."),
 )
+BACKTRACE = re.compile(r"\s*(Stack backtrace|stack backtrace|\d+: |at /|note: run with)")
 READY_LINE = re.compile(r"(OpenAI-compatible server|Server) listening on http://")
 SUPERVISE = "--supervise-engine"  # internal: the command line of the engine's parent
 
@@ -715,7 +730,7 @@ def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
         engine = probe_engine(Path(settings.binary)) if is_program(Path(settings.binary)) else None
         if engine is None:
             message = f"binary {settings.binary} is not a mistral.rs program that runs here."
-            raise AnyclaudeError(message, 'Correct "binary" in ~/.anyclauderc.json, or remove it.')
+            raise AnyclaudeError(message, 'Correct "binary" in the settings, or remove it.')
         return engine
     home, release = Path.home(), Path(os.path.expanduser(settings.source_dir)) / "target" / "release"
     folders = [*search_path(environ), release, home / ".local/bin", home / ".mistralrs", home / ".cargo/bin"]
@@ -772,36 +787,39 @@ def can_lock(path: Path, kind: int) -> bool:
 
 
 def supervise() -> int:
-    """The engine's parent: start the engine that stdin describes, and stop it when no session is left.
-
-    Two threads wait for the two events (the engine ends, the last session is gone), so nothing is polled."""
+    """The engine's parent: start the engine that stdin describes, and stop it when no session is left. It tells the
+    session on stdout that it started, or why not."""
     spec = json.load(sys.stdin)
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the engine would inherit
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()
     signal.signal(signal.SIGTERM, lambda *_: events.put("told"))
     files = _Files(spec["port"])
     alive = lock(files.alive, fcntl.LOCK_EX)
-    log = rotated_log(Path(spec["log"]))
     try:
+        if not can_lock(Path(spec["log"]), fcntl.LOCK_EX):  # the log of an engine on another port
+            spec["log"] = spec["log"].replace(".log", f"-{spec['port']}.log")
+        log = rotated_log(Path(spec["log"]))
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        command, home, null = spec["command"], Path.home(), subprocess.DEVNULL
+        env = {**os.environ, "NO_COLOR": "1"}
         engine = subprocess.Popen(
-            spec["command"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=Path.home(),
-            env={**os.environ, "NO_COLOR": "1"},
-            start_new_session=True,
+            command, stdin=null, stdout=log, stderr=log, cwd=home, env=env, start_new_session=True
         )
     except OSError as error:
-        print(f"{spec['command'][0]}: {error.strerror}", flush=True)
+        print(f"{error.filename or spec['command'][0]}: {error.strerror}", flush=True)
         return 1
-    state = {**spec, "pid": engine.pid, "born": birth(engine.pid)}
-    write_json(files.state, state)
-    print("started", flush=True)
-    null = os.open(os.devnull, os.O_RDWR)
-    for handle in (0, 1, 2):
-        os.dup2(null, handle)
+    try:
+        _watch(engine, {**spec, "pid": engine.pid, "born": birth(engine.pid)}, files, events)
+    finally:  # whatever happens here, no engine is left without a parent
+        terminate(engine, os.killpg)
+        os.close(alive)  # before `sessions`, so that who gets that one finds this one free
+        os._exit(0)  # a thread may still wait
+
+
+def _watch(engine: subprocess.Popen[bytes], state: Json, files: _Files, events: queue.SimpleQueue[str]) -> None:
+    """Tell of the engine and wait until it is no longer wanted. Two threads wait for the two events (the engine ends,
+    the last session is gone), so nothing is polled."""
 
     def wait_for_engine() -> None:
         engine.wait()
@@ -811,16 +829,19 @@ def supervise() -> int:
         lock(files.sessions, fcntl.LOCK_EX)  # held to the end: a new session waits until the port is free again
         events.put("unused")
 
+    write_json(files.state, state)
+    with contextlib.suppress(OSError):  # the session may be gone already
+        print("started", flush=True)
+    null = os.open(os.devnull, os.O_RDWR)
+    for handle in (0, 1, 2):
+        os.dup2(null, handle)
     for target in (wait_for_engine, wait_for_last_session):
         threading.Thread(target=target, daemon=True).start()
-    ended = events.get() == "ended"
-    terminate(engine, os.killpg)
-    if ended:
+    if events.get() == "ended":
         write_json(files.state, {**state, "exit": engine.returncode})
     else:
+        terminate(engine, os.killpg)
         files.state.unlink()
-    os.close(alive)  # before `sessions`, so that who gets that one finds this one free
-    os._exit(0)  # the other thread still waits
 
 
 def birth(pid: int) -> str:
@@ -828,14 +849,21 @@ def birth(pid: int) -> str:
     return output_of("ps", "-o", "lstart=", "-p", str(pid)).strip()
 
 
-def port_owner(port: int) -> str:
-    """Who listens on `port`, like "python3 (pid 123)"; "" if that cannot be known."""
+def port_owner(port: int) -> tuple[int, str]:
+    """Who listens on `port` -> (pid, name); (0, "") if that cannot be known."""
     asked = (
         (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), r"p(?P<pid>\d+)\nc(?P<name>.+)"),
         (("ss", "-Hltnp", f"sport = :{port}"), r'\(\("(?P<name>[^"]+)",pid=(?P<pid>\d+)'),
     )
     found = (re.search(pattern, output_of(*command)) for command, pattern in asked)
-    return next((f"{match['name']} (pid {match['pid']})" for match in found if match), "")
+    return next(((int(match["pid"]), match["name"]) for match in found if match), (0, ""))
+
+
+def port_taken(whose: str, port: int, option: str, why: str = "") -> AnyclaudeError:
+    """The error that `port` cannot be had, with its owner if that is known."""
+    pid, name = port_owner(port)
+    who = f"by {name} (pid {pid})" if pid else f"({why or 'by a program that cannot be seen'})"
+    return AnyclaudeError(f"{whose}port {port} is taken {who}.", f"Choose another: {option} {port + 1}")
 
 
 def port_is_free(port: int) -> bool:
@@ -872,19 +900,18 @@ class EngineShare:
 
     def __init__(self, port: int, command: list[str], model: Model) -> None:
         self.port, self.log = port, state_path("logs", "mistralrs-server.log")
-        self.joined = False
         self._files = _Files(port)
-        self._seat = -1
         starting = lock(self._files.starting, fcntl.LOCK_EX)
         try:
             self._seat = lock(self._files.sessions, fcntl.LOCK_SH)  # waits while an engine here is being stopped
-            if self._engine_runs():
+            try:
+                self.joined = self._engine_runs()
+                if not self.joined:
+                    self._start(command, model)
                 self._join(model)
-            else:
-                self._start(command, model)
-        except BaseException:
-            self.close()
-            raise
+            except BaseException:
+                os.close(self._seat)
+                raise
         finally:
             os.close(starting)
 
@@ -900,17 +927,16 @@ class EngineShare:
         if state.get("model") != model.path:
             message = f"port {self.port} is taken: another session of yours serves {state.get('model')} there."
             raise AnyclaudeError(message, f"Close that session, or choose another port: --engine-port {self.port + 1}")
-        self.log, self.joined = Path(state["log"]), True
+        self.log = Path(state["log"])
 
     def _start(self, command: list[str], model: Model) -> None:
         self._stop_orphan()
         if not port_is_free(self.port):
-            owner = port_owner(self.port) or "a program whose name cannot be seen"
-            raise AnyclaudeError(
-                f"port {self.port} is taken by {owner}.",
-                f"Choose another port: --engine-port {self.port + 1}\n"
-                f"or use that server, if it speaks OpenAI's protocol: --base-url http://localhost:{self.port}/v1",
+            error = port_taken("", self.port, "--engine-port")
+            error.fix += (
+                f"\nor use that server, if it speaks OpenAI's protocol: --base-url http://localhost:{self.port}/v1"
             )
+            raise error
         spec = {"port": self.port, "command": command, "model": model.path, "log": str(self.log)}
         parent = subprocess.Popen(
             [sys.executable, "-I", os.path.abspath(__file__), SUPERVISE],
@@ -956,27 +982,29 @@ class EngineShare:
             TERMINAL.waiting(f"waiting for mistral.rs {elapsed:.0f} s: {''.join(last_lines(self.log, 1))}")
             time.sleep(0.1)
         TERMINAL.waiting("")
+        owner, engine = port_owner(self.port)[0], self._files.read_state().get("pid")
+        with contextlib.suppress(ProcessLookupError):
+            if owner and os.getpgid(owner) != engine:  # one that took the port while ours was loading
+                raise port_taken("", self.port, "--engine-port")
         return next((line for line in reversed(last_lines(self.log, 20)) if READY_LINE.search(line)), "")
 
     def _failure(self, what: str) -> AnyclaudeError:
-        lines = last_lines(self.log, 50)
+        lines = [line for line in last_lines(self.log, 99) if not BACKTRACE.match(line)]
         hints = (hint for line in reversed(lines) for pattern, hint in LOG_HINTS if re.search(pattern, line))
         tail = "".join(f"\n  {line}" for line in lines[-8:])
-        return AnyclaudeError(
-            f"mistral.rs {what}. Its log ends:{tail}", next(hints, f"Read the whole log: less {self.log}")
-        )
+        fix = next(hints, f"Read the whole log: less {self.log}")
+        return AnyclaudeError(f"mistral.rs {what}. Its log ends:{tail}", fix)
 
     def close(self) -> None:
         """Give the share back. If it was the last, return when the engine is gone."""
-        if self._seat < 0:
-            return
         os.close(self._seat)
-        self._seat = -1
         deadline = time.monotonic() + STOP_SECONDS + 3
         while self._engine_runs() and not self._others() and time.monotonic() < deadline:
             time.sleep(0.02)
+        starting = lock(self._files.starting, fcntl.LOCK_EX)
         if not self._engine_runs() and not self._others():
             self._stop_orphan()
+        os.close(starting)
 
 
 def demo_reply(request: Json) -> str:
@@ -1098,11 +1126,8 @@ def _join(blocks: Iterable[Json]) -> str:
 
 def _system_text(system: Any) -> str:
     texts = (str(block.get("text") or "") for block in _blocks(system, "system"))
-    return "\n\n".join(
-        re.sub(rf"\A{BILLING_BLOCK}[^\n]*\n*", "", text)
-        for text in texts
-        if not re.fullmatch(rf"({BILLING_BLOCK}[^\n]*)?\s*", text)
-    )
+    kept = (re.sub(rf"\A{BILLING_BLOCK}[^\n]*\n*", "", text) for text in texts)
+    return "\n\n".join(text for text in kept if text.strip())
 
 
 def _add_user(messages: list[Json], text: str) -> None:
@@ -1748,7 +1773,7 @@ class EventStream:
 
 def engine_error(status: int, text: str, prompt_tokens: int) -> ApiError:
     """An engine's error (JSON or plain text) in the client's words. An overflow makes the client compact and go on."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         content = as_object(json.loads(text))
         inner = content.get("error", content)
         text = str(as_object(inner).get("message") or (inner if inner is not content else text))
@@ -1757,14 +1782,14 @@ def engine_error(status: int, text: str, prompt_tokens: int) -> ApiError:
         if found:
             limit = int(found["limit"])
             return ApiError(400, f"prompt is too long: {max(prompt_tokens, limit + 1)} tokens > {limit} maximum")
-    return ApiError(status if status in ERROR_KINDS else 500, f"the engine: {text.strip() or f'HTTP status {status}'}")
+    return ApiError(status if status >= 400 else 500, f"the engine: {text.strip() or f'HTTP status {status}'}")
 
 
 def read_chunk(payload: str) -> Json | None:
     """A chunk of the engine; None for an error, which older generations send as plain text."""
-    with contextlib.suppress(ValueError):
-        chunk = json.loads(payload)
-        if isinstance(chunk, dict) and "error" not in chunk and chunk.keys() & {"choices", "usage"}:
+    with contextlib.suppress(ValueError, RecursionError):
+        chunk = as_object(json.loads(payload, parse_constant=str))
+        if not chunk.get("error") and chunk.keys() & {"choices", "usage"}:
             return chunk
     return None
 
@@ -1801,14 +1826,14 @@ class Reply:
         """message_start, once."""
         if self._state == "new":
             self._state = "open"
-            message = {"id": "msg_" + self._new_id(), "type": "message", "role": "assistant", "model": self._model}
-            later: Json = {
-                "content": [],
-                "stop_reason": None,
-                "stop_sequence": None,
-                "usage": {**self.usage, "output_tokens": 0},
+            message: Json = {
+                "id": "msg_" + self._new_id(),
+                "type": "message",
+                "role": "assistant",
+                "model": self._model,
             }
-            self._emit("message_start", message={**message, **later})
+            message.update(content=[], stop_reason=None, stop_sequence=None, usage=self.usage)
+            self._emit("message_start", message=message)
         return self._take()
 
     def feed(self, chunk: Json) -> list[Event]:
@@ -1821,7 +1846,7 @@ class Reply:
         choice = as_object(choices[0]) if isinstance(choices, list) and choices else {}
         delta = as_object(choice.get("delta"))
         thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if isinstance(thought, str):
+        if thought and isinstance(thought, str):
             self._apply([("thinking", thought)])
         if isinstance(delta.get("content"), str) and delta["content"]:
             self._output += not chunk.get("usage")
@@ -2017,6 +2042,8 @@ class ChunkedBody:
             if self._left or end < 0:
                 break
             size = int(data[at:end].partition(b";")[0], 16)
+            if size < 0:
+                raise ValueError("a chunk of negative size")
             at, self._left, self.ended = end + 1, size + 2, size == 0
         self._rest = data[at:]
         return b"".join(out)
@@ -2071,9 +2098,11 @@ class _Upstream:
         if not self.status:
             self._head += data
             head, found, data = self._head.partition(b"\r\n\r\n")
-            if not found:
+            status = int(head.split(None, 2)[1]) if found else 0
+            if status < 200:  # not whole yet, or only an interim answer
+                self._head = data if found else self._head
                 return b""
-            self.status = int(head.split(None, 2)[1])
+            self.status = status
             self._is_chunked = bool(re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head))
         if self._is_chunked:
             data = self._chunks.feed(data)
@@ -2098,6 +2127,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     """The Anthropic API, as much of it as Claude Code uses; anything else is a 404 and goes nowhere."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 120  # seconds that a connection may stay idle, and a client may leave its reply unread
     server: Proxy
     _began = False  # the head of the answer is out
 
@@ -2107,14 +2137,14 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Any other method: answer, whatever happens, and write one line about it."""
         started, self._began = time.monotonic(), False
-        path = urllib.parse.urlsplit(self.path).path
+        path, _, _ = self.path.partition("?")
         outcome = "ok"
         try:
             self._route(path, self._read_body())
         except ApiError as error:
             outcome = f"{error.status} {error.message}"
             self._send_json(error.status, error.body())
-        except (_ClientLeft, ConnectionError) as error:
+        except (_ClientLeft, ConnectionError, TimeoutError, socket.timeout) as error:
             outcome, self.close_connection = f"the client left {error}", True
         except Exception as error:  # noqa: BLE001  a defect: the client gets an error, the person a traceback in the log
             outcome, self.close_connection = f"internal error: {error!r}", True
@@ -2161,7 +2191,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def _translated(self, body: bytes) -> tuple[Json, Json]:
         """-> (the client's request, its translation)."""
         try:
-            request = json.loads(body)
+            request = json.loads(body, parse_constant=str)  # NaN is no number to hand on
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the request body is not valid JSON: {error}") from None
         self.server.debug(2, lambda: f"from the client: {json.dumps(request, ensure_ascii=False)}")
@@ -2212,7 +2242,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 raise _ClientLeft
             if what == "data":
                 heard = time.monotonic()
-                events, ended = self._read_events(upstream, reply, stream, tokens)
+                try:
+                    events, ended = self._read_events(upstream, reply, stream, tokens)
+                except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
+                    self.server.debug(1, traceback.format_exc)
+                    events, ended = reply.fail(ApiError(500, f"anyclaude: {error!r}")), True
             elif time.monotonic() - heard > STALL_SECONDS:
                 events, ended = reply.fail(ApiError(500, f"the engine was silent for {STALL_SECONDS:.0f} s")), True
             if not events and time.monotonic() - said >= patience:
@@ -2235,11 +2269,13 @@ class ProxyHandler(BaseHTTPRequestHandler):
             text = upstream.error.decode("utf-8", "replace")
             return (reply.fail(engine_error(upstream.status, text, tokens)), True) if upstream.ended else ([], False)
         events: list[Event] = []
-        for payload in stream.feed(data):
+        for payload in stream.feed(data + b"\n" * upstream.ended):  # the last line may lack its end
             self.server.debug(3, f"from the engine: {payload}")
             if payload == "[DONE]":
                 return events + reply.finish(done=True), True
             chunk = read_chunk(payload)
+            if chunk is None and payload.startswith("{") and not payload.endswith("}"):
+                break  # half a line: the stream ends here
             if chunk is None:
                 return events + reply.fail(engine_error(500, payload, tokens)), True
             events += reply.feed(chunk)
@@ -2276,10 +2312,15 @@ class Proxy(ThreadingHTTPServer):
         try:
             super().__init__((LOOPBACK, port), ProxyHandler)
         except OSError as error:
-            message = f"the proxy's port {port} cannot be used: {error.strerror} {port_owner(port)}".strip()
-            raise AnyclaudeError(f"{message}.", "Leave --proxy-port out to get a free one.") from None
+            raise port_taken("the proxy's ", port, "--proxy-port", str(error.strerror)) from None
         self.url = f"http://{LOOPBACK}:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+
+    def server_close(self) -> None:
+        """Stop serving; the thread would otherwise go on polling a socket that is closed."""
+        if hasattr(self, "url"):
+            self.shutdown()
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.debug(1, traceback.format_exc)
@@ -2290,13 +2331,9 @@ class Proxy(ThreadingHTTPServer):
 # this session go to this model.
 
 DEFAULT_WINDOW = 32768  # tokens, where nothing says how many
+SMALL_WINDOW = 30000
 INSTALL_CLAUDE = ("npm", "install", "-g", "@anthropic-ai/claude-code")
 LEAN_TOOLS = "Bash,Read,Edit,Write,Glob,Grep,WebFetch"  # 13 kB of tools, not 50 to 86 (measured, 2.1.197 and 2.1.330)
-# What claude does without a model. Source: `claude --help` of 2.1.197 and 2.1.330.
-WITHOUT_MODEL = re.compile(
-    r"agents|auth|auto-mode|doctor|gateway|install|mcp|plugins?|project|setup-token|ultrareview|update|upgrade|"
-    r"-v|--version|-h|--help"
-)
 SKIP_PERMISSIONS = ("--dangerously-skip-permissions", "--allow-dangerously-skip-permissions")
 STABLE_PROMPT = "--exclude-dynamic-system-prompt-sections"  # the head of the prompt is then the same in every session
 
@@ -2312,22 +2349,18 @@ class Session:
     output: int
 
 
+_TIERS = ("", "DEFAULT_OPUS_", "DEFAULT_SONNET_", "DEFAULT_HAIKU_", "DEFAULT_FABLE_", "SMALL_FAST_")
+_PROVIDERS = ("BEDROCK", "VERTEX", "FOUNDRY", "MANTLE", "GATEWAY", "ANTHROPIC_AWS", "ANTHROPIC_GOOGLE_CLOUD")
 # Variable -> value, with the fields of Session filled in. All were measured or read in 2.1.197 and 2.1.330.
 OUR_VARIABLES = {  # these make it this session, whatever the user has set
     "ANTHROPIC_BASE_URL": "{url}",
     "ANTHROPIC_AUTH_TOKEN": "{token}",
     "ANTHROPIC_API_KEY": "",  # one of the user's would win, and ask
-    "ANTHROPIC_MODEL": "{model}",  # every tier is the one model that is there
-    "ANTHROPIC_DEFAULT_OPUS_MODEL": "{model}",
-    "ANTHROPIC_DEFAULT_SONNET_MODEL": "{model}",
-    "ANTHROPIC_DEFAULT_HAIKU_MODEL": "{model}",
-    "ANTHROPIC_DEFAULT_FABLE_MODEL": "{model}",
-    "ANTHROPIC_SMALL_FAST_MODEL": "{model}",
+    **dict.fromkeys(map("ANTHROPIC_{}MODEL".format, _TIERS), "{model}"),  # every tier is the one model that is there
     "CLAUDE_CODE_SUBAGENT_MODEL": "{model}",
-    "CLAUDE_CODE_USE_BEDROCK": "",  # these would send the prompts elsewhere
-    "CLAUDE_CODE_USE_VERTEX": "",
-    "CLAUDE_CODE_USE_FOUNDRY": "",
+    **dict.fromkeys(map("CLAUDE_CODE_USE_{}".format, _PROVIDERS), ""),  # these would send the prompts elsewhere
 }
+NO_PROXIES = ("NO_PROXY", "no_proxy")  # the loopback is not reached through the company's proxy
 DEFAULT_VARIABLES = {  # here the user's own value wins
     "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "{window}",
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "{output}",
@@ -2350,10 +2383,7 @@ def claude_environment(environ: Mapping[str, str], session: Session) -> dict[str
         {name: value.format_map(fields) for name, value in table.items()}
         for table in (OUR_VARIABLES, DEFAULT_VARIABLES)
     )
-    # the loopback is not reached through the company's proxy
-    direct = {
-        name: ",".join(filter(None, (environ.get(name), "127.0.0.1,localhost"))) for name in ("NO_PROXY", "no_proxy")
-    }
+    direct = {name: ",".join(filter(None, (environ.get(name), f"{LOOPBACK},localhost"))) for name in NO_PROXIES}
     return {**defaults, **environ, **ours, **direct}
 
 
@@ -2388,8 +2418,16 @@ def claude_help(program: Path) -> str:
         kept = read_json(cache)
     if not kept.get(identity):
         kept = {identity: output_of(str(program), "--help")}
-        write_json(cache, kept)
+        with contextlib.suppress(OSError):
+            write_json(cache, kept)
     return str(kept[identity])
+
+
+def needs_no_model(arguments: Sequence[str], help_text: str) -> bool:
+    """Whether claude is asked for one of its own commands (mcp, update, ...), which talk to no model. Pure."""
+    commands = re.findall(r"(?m)^  ([a-z][^\s]*)", help_text.partition("\nCommands:")[2])
+    names = {name for command in commands for name in command.split("|")}
+    return bool(arguments) and arguments[0] in names | {"-v", "--version", "-h", "--help"}
 
 
 def claude_settings(
@@ -2454,8 +2492,12 @@ def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt
 def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Path]:
     """A private file with the settings that the user named and our variables: `env` in Claude Code's settings, which
     may have come with a cloned project, wins over the environment and could send the session elsewhere."""
-    env = {**as_object(named.get("env")), **{name: environment[name] for name in OUR_VARIABLES}}
+    ours = {name: environment[name] for name in (*OUR_VARIABLES, *NO_PROXIES)}
+    env = {**as_object(named.get("env")), **ours}
     path = state_path("run", f"claude-{os.getpid()}.json")
+    for older in path.parent.glob("claude-*.json"):  # of a session that was killed
+        if not birth(int(older.stem.partition("-")[2])):
+            older.unlink(missing_ok=True)
     write_json(path, {**named, "env": env})
     try:
         yield path
@@ -2487,8 +2529,10 @@ def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, st
             _, status = os.waitpid(claude.pid, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
                 break
-            os.kill(os.getpid(), signal.SIGSTOP)
-            claude.send_signal(signal.SIGCONT)
+            time.sleep(0.05)  # the shell may be continuing us both just now, us first
+            if os.waitpid(claude.pid, os.WCONTINUED | os.WNOHANG)[0] == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                claude.send_signal(signal.SIGCONT)
         claude.returncode = os.waitstatus_to_exitcode(status)
         return claude.returncode if claude.returncode >= 0 else 128 - claude.returncode
     finally:
@@ -2542,6 +2586,12 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[T
         yield dataclasses.replace(target, url=url, window=settings.context_window or 200_000)
     elif settings.kind == "remote":
         say(f"using the server at {settings.base_url}, model {settings.model}")
+        parts = urllib.parse.urlsplit(settings.base_url)
+        try:
+            socket.create_connection((parts.hostname, parts.port or http.client.HTTPS_PORT), timeout=10).close()
+        except OSError as error:
+            message = f"no server answers at {settings.base_url}: {error}."
+            raise AnyclaudeError(message, "Start that server, or correct baseUrl (or --base-url).") from None
         yield dataclasses.replace(
             target,
             url=settings.base_url,
@@ -2573,12 +2623,13 @@ def start_engine(engine: Engine, model: Model, settings: Settings) -> EngineShar
         message = f"{model.name} needs mistral.rs {'.'.join(map(str, model.since))}, and this is {engine}."
         raise AnyclaudeError(message, "Update mistral.rs, or choose another model.")
     port = settings.port or free_port()
-    say(f"starting mistral.rs: {engine}")
-    say(f"model: {model.path}" + (f" ({model.arch})" if model.arch else ""))
-    share = EngineShare(port, command_line(engine, model, port, settings.isq, settings.extra_args), model)
+    command = command_line(engine, model, port, settings.isq, settings.extra_args)
+    share = EngineShare(port, command, model)
     try:
-        say(f"port: {port}" + (", where it serves already" if share.joined else ""))
-        say(f"waiting until it serves (log: {share.log})")
+        say("joining the mistral.rs that runs" if share.joined else f"starting mistral.rs: {engine}")
+        details = ", ".join(filter(None, (model.arch, settings.isq if "--isq" in command else "")))
+        say(f"model: {model.path}" + (f" ({details})" if details else ""))
+        say(f"port: {port}\nwaiting until it serves (log: {share.log})")
         line = share.wait_until_ready(settings.start_timeout)
     except BaseException:
         share.close()
@@ -2590,18 +2641,30 @@ def start_engine(engine: Engine, model: Model, settings: Settings) -> EngineShar
 def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) -> int:
     """The session: engine, proxy, Claude Code -> the exit status."""
     claude = None if settings.proxy_only else find_claude(settings, environ)  # before a model is loaded in vain
+    if settings.proxy_port and not port_is_free(settings.proxy_port):
+        raise port_taken("the proxy's ", settings.proxy_port, "--proxy-port")
+    if claude and needs_no_model(arguments, claude_help(claude)):
+        return run_claude(claude, arguments, environ)
     with serving_target(settings, environ) as target, Proxy(settings.proxy_port, target, settings.debug) as proxy:
         say(f"Proxy URL: http://localhost:{proxy.server_address[1]}")
+        if not target.window:
+            say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
+        window = target.window or DEFAULT_WINDOW
+        if window < SMALL_WINDOW:
+            say(f"{window} tokens hardly hold Claude Code's own prompt (about 25,000). Try --prompt lean")
+        session = Session(proxy.url, proxy.token, target.name, window, min(settings.max_tokens, window // 4))
+        environment = claude_environment(environ, session)
         if claude is None:
+            by_hand = {name: environment[name] for name in ("ANTHROPIC_MODEL", *DEFAULT_VARIABLES)}
+            say(
+                "for Claude Code by hand, also: export "
+                + shlex.join(f"{name}={text}" for name, text in by_hand.items())
+            )
+            say("Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt, SystemExit):  # a good end, here
                 print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
                 threading.Event().wait()
             return 0
-        if not target.window:
-            say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
-        window = target.window or DEFAULT_WINDOW
-        session = Session(proxy.url, proxy.token, target.name, window, min(settings.max_tokens, window // 4))
-        environment = claude_environment(environ, session)
         named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
         mode = chosen_mode(arguments, [named, *others])
         explain_mode(mode)
@@ -2621,26 +2684,42 @@ def exit_on_signals() -> None:
         signal.signal(number, leave)
 
 
+def open_standard_streams() -> None:
+    """Give the streams that the caller closed (`2>&-`) to /dev/null, before another file gets their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.dup(number), "w" if number else "r"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line -> the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == [SUPERVISE]:
         return supervise()
+    open_standard_streams()
     exit_on_signals()
     try:
         own, rest = split_arguments(arguments)
-        if own.keys() & {"--help", "--version"}:
-            print(USAGE.rstrip() if "--help" in own else f"anyclaude {__version__}")
+        if rest[:1] in (["--help"], ["--version"]) and "--" not in arguments:
+            print(USAGE.rstrip() if rest[0] == "--help" else f"anyclaude {__version__}")
             return 0
+        if not os.path.isabs(os.path.expanduser("~")):
+            raise AnyclaudeError(
+                "your home folder is not known: HOME is unset or relative.", "export HOME=/path/to/home"
+            )
         settings, warnings = load_settings(own, os.environ, Path.cwd(), Path.home())
         for warning in warnings:
             say(f"warning: {warning}")
-        if rest and WITHOUT_MODEL.fullmatch(rest[0]):
-            return run_claude(find_claude(settings, os.environ), rest, os.environ)
         return run(settings, rest, os.environ)
     except (AnyclaudeError, OSError) as error:
         problem = (
-            error if isinstance(error, AnyclaudeError) else AnyclaudeError(f"{error}.", "Mend that, and try again.")
+            error
+            if isinstance(error, AnyclaudeError)
+            else AnyclaudeError(f"the system refused: {error}.", "Check that file or folder.")
         )
         say(f"error: {problem.message}")
         say("fix: " + problem.fix.replace("\n", "\n     "))

@@ -37,7 +37,7 @@ class Sandbox:
             for name in ("LANG", "TMPDIR", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
             if name in os.environ
         }
-        self.env = {**kept, "HOME": str(self.home), "PATH": f"{self.bin}:/usr/local/bin:/usr/bin:/bin", "NO_COLOR": "1"}
+        self.env = {**kept, "HOME": str(self.home), "PATH": f"{self.bin}:/usr/local/bin:/usr/bin:/bin"}
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
@@ -73,7 +73,11 @@ class Sandbox:
 
     def engine_states(self) -> list[dict[str, object]]:
         """What the engines' parents wrote."""
-        return [json.loads(path.read_text()) for path in (self.home / ".anyclaude" / "run").glob("*.json")]
+        states = []
+        for path in (self.home / ".anyclaude" / "run").glob("engine-*.json"):
+            with contextlib.suppress(FileNotFoundError):  # an engine may be ending just now
+                states.append(json.loads(path.read_text()))
+        return states
 
     def log(self) -> str:
         """The engine's log."""

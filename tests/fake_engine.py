@@ -34,13 +34,13 @@ class FakeEngine(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any]], Any], port: int = 0) -> None:
         self.answer = answer
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.left = threading.Event()
         self.asked = threading.Event()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -50,6 +50,12 @@ class FakeEngine(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FakeEngine
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"OK")
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -84,9 +90,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def fake_engine(answer: Callable[[dict[str, Any]], Any]) -> Iterator[FakeEngine]:
+def fake_engine(answer: Callable[[dict[str, Any]], Any], port: int = 0) -> Iterator[FakeEngine]:
     """A running FakeEngine."""
-    engine = FakeEngine(answer)
+    engine = FakeEngine(answer, port)
     thread = threading.Thread(target=engine.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -30,6 +30,7 @@ def main() -> None:
             "Usage: mistralrs serve text [OPTIONS]\n  -m, --model-id <MODEL_ID>\n      --paged-attn <MODE>\n      --pa-context-len <N>"
         )
     behaviour = os.environ.get("STAND_IN", "serve")
+    assert os.environ["NO_COLOR"] == "1"
     print("\x1b[2m2026-01-01T00:00:00Z\x1b[0m INFO mistralrs_core: Loading model", flush=True)
     if behaviour == "crash":
         print(

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Sandbox
+from conftest import PROGRAM, Sandbox
 from fake_engine import fake_engine, says
 from test_engine import free_port, gone, wait_for
 
 from anyclaude import (
+    OUR_VARIABLES,
     OWN_OPTIONS,
     STABLE_PROMPT,
     SWITCHES,
@@ -158,8 +159,9 @@ def test_claude_is_found_in_its_places_and_never_in_the_working_directory(
 RECORDER = """#!{python}
 import json, os, sys, signal
 if sys.argv[1:] == ["--help"]:
-    print("  --exclude-dynamic-system-prompt-sections"); sys.exit()
-print(json.dumps({{"arguments": sys.argv[1:], "stdin": sys.stdin.read() if not sys.stdin.isatty() else "", "environment": dict(os.environ)}}), flush=True)
+    print("  --exclude-dynamic-system-prompt-sections\\n\\nCommands:\\n  mcp      Servers\\n  plugin|plugins   More"); sys.exit()
+text = sys.stdin.read() if sys.stdin and not sys.stdin.isatty() else ""
+print(json.dumps({{"arguments": sys.argv[1:], "stdin": text, "environment": dict(os.environ)}}), flush=True)
 {then}
 """
 
@@ -243,8 +245,11 @@ def test_when_claude_stops_itself_the_shell_comes_back(sandbox: Sandbox) -> None
 
 def test_what_claude_does_without_a_model_starts_no_engine(sandbox: Sandbox) -> None:
     recorder(sandbox)
-    seen = json.loads(sandbox.run("mcp", "list").stdout)
-    assert seen["arguments"] == ["mcp", "list"] and "ANTHROPIC_BASE_URL" not in seen["environment"]
+    for arguments in (["mcp", "list", "--help"], ["plugins"], ["-v"]):
+        seen = json.loads(sandbox.run(*arguments).stdout)
+        assert seen["arguments"] == arguments and "ANTHROPIC_BASE_URL" not in seen["environment"]
+    seen = json.loads(sandbox.run("--", "--version").stdout)
+    assert seen["arguments"] == ["--version"]
 
 
 def test_without_claude_the_error_says_how_to_get_it(sandbox: Sandbox) -> None:
@@ -263,6 +268,13 @@ def test_the_settings_problems_are_told_and_nothing_is_started(sandbox: Sandbox)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(sandbox: Sandbox, closed: str) -> None:
+    recorder(sandbox, "sys.exit(7)")
+    command = f'"{sys.executable}" "{PROGRAM}" --demo -p x {closed}'
+    assert subprocess.run(["sh", "-c", command], env=sandbox.env, cwd=sandbox.work, check=False).returncode == 7
+
+
 def test_a_home_that_does_not_exist_yet_is_made(sandbox: Sandbox) -> None:
     recorder(sandbox)
     home = sandbox.home / "new" / "home"
@@ -302,7 +314,11 @@ def test_settings_of_claude_code_cannot_send_the_session_elsewhere(sandbox: Sand
         elsewhere.bind(("127.0.0.1", 0))
         elsewhere.listen()
         elsewhere.setblocking(False)
-        env = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{elsewhere.getsockname()[1]}", "ANTHROPIC_AUTH_TOKEN": "theirs"}
+        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
+        env = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": "theirs", "HTTP_PROXY": url, "http_proxy": url}
+        env |= {"NO_PROXY": "", "no_proxy": "", "ANTHROPIC_AWS_BASE_URL": url, "ANTHROPIC_BEDROCK_MANTLE_BASE_URL": url}
+        env |= {f"CLAUDE_CODE_USE_{name}": "1" for name in ("MANTLE", "ANTHROPIC_AWS", "BEDROCK", "GATEWAY")}
+        env |= {"CLAUDE_CODE_SKIP_MANTLE_AUTH": "1", "ANTHROPIC_GOOGLE_CLOUD_BASE_URL": url}
         for folder in (sandbox.home / ".claude", sandbox.work / ".claude"):
             folder.mkdir()
             (folder / "settings.json").write_text(json.dumps({"env": {**env, "ANTHROPIC_MODEL": "claude-x"}}))
@@ -312,6 +328,15 @@ def test_settings_of_claude_code_cannot_send_the_session_elsewhere(sandbox: Sand
             assert (done.returncode, done.stdout.strip()) == (0, "Here."), done.stderr
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
+
+
+@pytest.mark.outside
+def test_every_provider_that_claude_code_knows_is_switched_off(claude: Path) -> None:
+    text = claude.resolve().read_bytes()
+    names = {name.decode() for name in re.findall(rb"\bCLAUDE_CODE_USE_([A-Z_]+)\b", text)}
+    no_providers = {"CCR_V", "COWORK_PLUGINS", "NATIVE_FILE_SEARCH", "POWERSHELL_TOOL"}
+    assert len(names) > 5
+    assert {f"CLAUDE_CODE_USE_{name}" for name in names - no_providers} <= OUR_VARIABLES.keys()
 
 
 @pytest.mark.outside
@@ -371,4 +396,4 @@ def test_no_option_of_ours_has_the_name_of_one_of_claudes(sandbox: Sandbox, clau
     ).stdout
     theirs = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
     assert len(theirs) > 30
-    assert not ((OWN_OPTIONS.keys() | SWITCHES | {"--config-file"}) - {"--help", "--version"}) & theirs
+    assert not (OWN_OPTIONS.keys() | SWITCHES | {"--config-file"}) & theirs

@@ -27,7 +27,6 @@ REQUEST = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "conten
 def proxy_for(url: str, level: int = 0, **target: Any) -> Iterator[Proxy]:
     with Proxy(0, Target(url, "tiny", **target), level) as proxy:
         yield proxy
-        proxy.shutdown()
 
 
 @contextlib.contextmanager
@@ -324,6 +323,62 @@ def test_a_defect_of_ours_is_an_error_for_the_client_and_a_traceback_in_the_log(
         status, _, content = ask(proxy)
     assert status == 500 and b"ZeroDivisionError" in content
     assert "Traceback" in (tmp_path / ".anyclaude" / "logs" / "debug.log").read_text()
+
+
+def test_a_closed_proxy_has_no_thread_left() -> None:
+    before = threading.active_count()
+    with proxy_for("http://127.0.0.1:1/v1"):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+ODD = [5, True, "x", [1], {"a": 1}, None, [[None]]]
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "content", "reasoning_content", "usage", "finish_reason", "choices"])
+def test_odd_answers_of_the_engine_end_in_a_whole_stream(field: str) -> None:
+    for odd in ODD:
+        body: dict[str, Any] = {"choices": [{"delta": {"content": "a"}}]}
+        if field in ("usage", "choices"):
+            body[field] = {"prompt_tokens": odd, "completion_tokens": odd} if field == "usage" else odd
+        else:
+            (body["choices"][0] if field == "finish_reason" else body["choices"][0]["delta"])[field] = odd
+        with serving([chunk("first"), f"data: {json.dumps(body)}\n\n", *says("last")]) as (proxy, _):
+            assert_legal(events_of(ask(proxy, body={**REQUEST, "stream": True})[2]))
+    deep = "data: " + '{"choices": [' * 30000 + "\n\n"
+    with serving([chunk("first"), deep]) as (proxy, _):
+        assert_legal(events_of(ask(proxy, body={**REQUEST, "stream": True})[2]))
+
+
+@pytest.mark.parametrize(
+    "key", ["messages", "system", "tools", "tool_choice", "stop_sequences", "max_tokens", "temperature", "stream"]
+)
+def test_odd_requests_are_answered_or_refused_but_never_break_anything(key: str) -> None:
+    with serving(says("x")) as (proxy, _):
+        for odd in [*ODD, float("nan"), [{"role": ["user"]}], [{"role": "user", "content": [{"type": ["x"]}]}]]:
+            assert ask(proxy, body={**REQUEST, key: odd})[0] in (200, 400)
+        block = {"type": "tool_result", "tool_use_id": 5, "content": [{"type": None}], "is_error": "x"}
+        assert ask(proxy, body={**REQUEST, "messages": [{"role": "user", "content": [block]}]})[0] == 200
+
+
+def test_an_interim_answer_and_a_last_line_without_its_end_are_read() -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.recv(65536)
+        head = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+        for byte in head + chunk("a").encode() + b"data: Engine died":
+            connection.sendall(bytes([byte]))
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass  # what is unread when it closes would cut the answer off
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: serve(listener.accept()[0]))
+        thread.start()
+        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+            events = events_of(ask(proxy, body={**REQUEST, "stream": True})[2])
+        thread.join()
+    assert events[-1]["error"]["message"] == "the engine: Engine died"
 
 
 def test_a_body_in_chunks_is_read_wherever_it_is_cut() -> None:

@@ -121,6 +121,8 @@ def test_white_space_around_calls_opens_no_block() -> None:
 
 
 def test_thinking_comes_as_thinking_blocks_from_text_and_from_the_engine() -> None:
+    no_thought = [chunk("Yes", reasoning=""), *says(".")]
+    assert collect(play(no_thought))["content"] == [{"type": "text", "text": "Yes."}]
     for lines in (
         says("<think>", "hm", "</think>", "\n\nYes."),
         [chunk(None, reasoning_content="hm"), *says("\n\nYes.")],
@@ -207,6 +209,7 @@ def test_an_overflow_is_told_in_the_words_that_make_the_client_compact(text: str
     ("status", "text", "shown"),
     [
         (500, "boom", "boom"),
+        (422, "bad field", "bad field"),
         (500, '{"error": {"message": "bad"}}', "bad"),
         (503, "", "503"),
         (200, "[1]", "[1]"),
@@ -215,7 +218,7 @@ def test_an_overflow_is_told_in_the_words_that_make_the_client_compact(text: str
 )
 def test_any_other_error_keeps_its_words(status: int, text: str, shown: str) -> None:
     error = engine_error(status, text, 1)
-    assert shown in error.message and error.status in (404, 500)
+    assert shown in error.message and error.status == (status if status >= 400 else 500)
 
 
 def test_plain_text_in_the_stream_is_no_chunk() -> None:

@@ -106,6 +106,7 @@ def test_every_key_can_come_from_the_environment(place: Place) -> None:
         "flag": "true",
         "note": "x",
         "text": "x",
+        "key": "x",
         "path": "/x",
         "url": "http://h/v1",
         "texts": "--a 'b c'",
@@ -206,7 +207,6 @@ def test_every_problem_is_reported_at_once_with_its_file_and_key(place: Place) -
     [
         ("{", "not valid JSON"),
         ("[]", "expected an object"),
-        ("\ufeff{}", "not valid JSON"),
         ('{"backends": []}', "backends: expected"),
         ('{"backends": {"mlx": 1}}', "backends: expected"),
         ('{"backend": 5}', "backend: expected"),
@@ -228,6 +228,7 @@ def test_a_settings_file_that_cannot_be_used_is_named(place: Place, content: str
 
 
 JUNK = [
+    ["\ud800"],
     None,
     True,
     -1,
@@ -294,6 +295,33 @@ def test_the_port_may_be_said_by_the_base_url(place: Place) -> None:
     place.write(place.home, one(baseUrl="http://localhost:9000/v1"))
     assert (place.load()[0].port, place.load()[0].kind) == (9000, "mistralrs")
     assert place.load({"--engine-port": "9005"})[0].port == 9005
+
+
+def test_a_home_file_with_a_byte_order_mark_is_read(place: Place) -> None:
+    (place.home / ".anyclauderc.json").write_text("\ufeff" + json.dumps(one(isq="Q8_0")), encoding="utf-8")
+    assert place.load()[0].isq == "Q8_0"
+
+
+def test_a_home_that_is_a_link_is_still_home(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(place.home)
+    place.write(place.home, one(binary="/bin/engine"))
+    settings, warnings = load_settings({}, {}, place.project, tmp_path / "link")
+    assert (settings.binary, warnings) == ("/bin/engine", [])
+
+
+def test_the_home_files_key_is_not_for_a_server_that_the_project_chose(place: Place) -> None:
+    place.write(
+        place.home, {"backend": "remote", "backends": {"remote": {"baseUrl": "https://far/v1", "apiKey": "sesame"}}}
+    )
+    assert place.load()[0].api_key == "sesame"
+    place.write(place.project, {"backends": {"remote": {"baseUrl": "http://localhost:666/v1"}}})
+    assert (place.load()[0].base_url, place.load()[0].api_key) == ("http://localhost:666/v1", "")
+
+
+def test_a_backend_that_nobody_defined_is_named(place: Place) -> None:
+    place.write(place.home, {"backend": "foo"})
+    with pytest.raises(AnyclaudeError, match='"foo" is none of'):
+        place.load()
 
 
 def test_paths_start_at_the_file_that_names_them(place: Place) -> None:
