@@ -48,7 +48,7 @@ import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,9 +125,8 @@ def state_path(*parts: str) -> Path:
             folder = folder / part
             folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise AnyclaudeError(
-            f"cannot make {folder}: {error.strerror}.", "Set HOME to a folder you can write to."
-        ) from None
+        message = f"cannot make {folder}: {error.strerror}."
+        raise AnyclaudeError(message, "Set HOME to a folder you can write to.") from None
     return folder / parts[-1]
 
 
@@ -612,9 +611,8 @@ def _architecture(path: str, classes: Any) -> tuple[str, Version]:
         message = f'{path}/config.json must name one class in "architectures", and has {json.dumps(classes)}.'
         raise AnyclaudeError(message, "Name the architecture yourself: --arch qwen3")
     if classes[0] not in ARCHITECTURES:
-        message = (
-            f"{path} is a {classes[0]}, which mistral.rs does not load. It loads: {', '.join(sorted(ARCHITECTURES))}."
-        )
+        known = ", ".join(sorted(ARCHITECTURES))
+        message = f"{path} is a {classes[0]}, which mistral.rs does not load. It loads: {known}."
         raise AnyclaudeError(message, "Choose another model, or, if you know better, name its loader: --arch qwen3")
     return ARCHITECTURES[classes[0]]
 
@@ -933,18 +931,13 @@ class EngineShare:
         self._stop_orphan()
         if not port_is_free(self.port):
             error = port_taken("", self.port, "--engine-port")
-            error.fix += (
-                f"\nor use that server, if it speaks OpenAI's protocol: --base-url http://localhost:{self.port}/v1"
-            )
+            use = f"--base-url http://localhost:{self.port}/v1"
+            error.fix += f"\nor use that server, if it speaks OpenAI's protocol: {use}"
             raise error
         spec = {"port": self.port, "command": command, "model": model.path, "log": str(self.log)}
-        parent = subprocess.Popen(
-            [sys.executable, "-I", os.path.abspath(__file__), SUPERVISE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            cwd=Path.home(),
-        )
+        line = [sys.executable, "-I", os.path.abspath(__file__), SUPERVISE]
+        pipe = subprocess.PIPE
+        parent = subprocess.Popen(line, stdin=pipe, stdout=pipe, cwd=Path.home(), start_new_session=True)
         assert parent.stdin is not None and parent.stdout is not None
         with parent.stdin, parent.stdout:
             parent.stdin.write(json.dumps(spec).encode())
@@ -1043,12 +1036,12 @@ class _DemoHandler(BaseHTTPRequestHandler):
         pass
 
 
-def start_demo_engine() -> ThreadingHTTPServer:
-    """An engine in this process with no model behind it, on a free port of the loopback."""
+def start_demo_engine() -> str:
+    """An engine in this process with no model behind it -> its URL."""
     server = ThreadingHTTPServer((LOOPBACK, 0), _DemoHandler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    return f"http://{LOOPBACK}:{server.server_address[1]}/v1"
 
 
 # === 5 Request ================================================================================
@@ -1490,15 +1483,14 @@ class ToolText:
                 return False
             yield
 
-    def _name_until(self, stop: str, names: Iterable[str] | None = None) -> Reader:
-        """The word up to `stop`, which is passed; None as soon as it can be none of `names` (default: the tools)."""
-        names = list(self._tools if names is None else names)
+    def _name_until(self, stop: str, names: Collection[str]) -> Reader:
+        """The word up to `stop`, which is passed; None as soon as it can be none of `names` (if there are any)."""
         while True:
             name, found, _ = self._buffer[self._at :].partition(stop)
             if found:
                 self._at += len(name) + len(stop)
-                return name if name in names else None
-            if self._final or not any(known.startswith(name) for known in names):
+                return name if name in names or not names else None
+            if self._final or (names and not any(known.startswith(name) for known in names)):
                 return None
             yield
 
@@ -1573,7 +1565,7 @@ class ToolText:
             first = yield from self._space()
             if key == "name":
                 self._at += 1
-                name = ((yield from self._name_until(first)) if first and first in "\"'" else None) or ""
+                name = ((yield from self._name_until(first, self._tools)) if first and first in "\"'" else None) or ""
                 if not name:
                     return False
             elif key in ("arguments", "parameters") and name:
@@ -1624,7 +1616,7 @@ class ToolText:
         yield from self._space()
         if not (yield from self._literal("<function=")):
             return False
-        name = yield from self._name_until(">")
+        name = yield from self._name_until(">", self._tools)
         if not name:
             return False
         behind = self._at
@@ -1640,7 +1632,7 @@ class ToolText:
             yield from self._space()
             if not (yield from self._literal("<parameter=")):
                 break
-            key = yield from self._parameter_name()
+            key = yield from self._name_until(">", ())
             if key is None:
                 break
             self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
@@ -1654,15 +1646,6 @@ class ToolText:
         yield from self._literal("</tool_call>")
         self._drop()
         return True
-
-    def _parameter_name(self) -> Reader:
-        while (end := self._buffer.find(">", self._at)) < 0:
-            if self._final:
-                return None
-            yield
-        key = self._buffer[self._at : end].strip()
-        self._at = end + 1
-        return key
 
     def _xml_value(self, schema: Any) -> Reader:
         """One parameter's value up to its end -> whether it has one. A string is handed on as it comes.
@@ -2474,18 +2457,12 @@ def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt
         f"--tools={LEAN_TOOLS}": prompt == "lean" and "--tools" not in given,
         STABLE_PROMPT: STABLE_PROMPT in help_text and not given & {STABLE_PROMPT, "--system-prompt"},
     }
-    named = [
-        at + (argument == "--settings") + 1
-        for at, argument in enumerate(arguments)
-        if argument.partition("=")[0] == "--settings"
-    ]
-    place = max(named, default=0)
-    return [
-        *(argument for argument, wanted in ours.items() if wanted),
-        *arguments[:place],
-        f"--settings={settings}",
-        *arguments[place:],
-    ]
+    place = 0
+    for at, argument in enumerate(arguments):
+        if argument.partition("=")[0] == "--settings":
+            place = at + 1 + ("=" not in argument)
+    chosen = [argument for argument, wanted in ours.items() if wanted]
+    return [*chosen, *arguments[:place], f"--settings={settings}", *arguments[place:]]
 
 
 @contextlib.contextmanager
@@ -2495,7 +2472,7 @@ def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Pa
     ours = {name: environment[name] for name in (*OUR_VARIABLES, *NO_PROXIES)}
     env = {**as_object(named.get("env")), **ours}
     path = state_path("run", f"claude-{os.getpid()}.json")
-    for older in path.parent.glob("claude-*.json"):  # of a session that was killed
+    for older in path.parent.glob("claude-[0-9]*.json"):  # of a session that was killed
         if not birth(int(older.stem.partition("-")[2])):
             older.unlink(missing_ok=True)
     write_json(path, {**named, "env": env})
@@ -2580,10 +2557,8 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[T
     """Make an engine serve -> what the proxy must know of it. What was started is gone afterwards."""
     target = Target("", "anyclaude-demo", window=settings.context_window, max_tokens=settings.max_tokens)
     if settings.demo:
-        demo = start_demo_engine()
         say("demo: a small engine inside anyclaude answers, no model is loaded")
-        url = f"http://{LOOPBACK}:{demo.server_address[1]}/v1"
-        yield dataclasses.replace(target, url=url, window=settings.context_window or 200_000)
+        yield dataclasses.replace(target, url=start_demo_engine(), window=settings.context_window or 200_000)
     elif settings.kind == "remote":
         say(f"using the server at {settings.base_url}, model {settings.model}")
         parts = urllib.parse.urlsplit(settings.base_url)
@@ -2656,10 +2631,8 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
         environment = claude_environment(environ, session)
         if claude is None:
             by_hand = {name: environment[name] for name in ("ANTHROPIC_MODEL", *DEFAULT_VARIABLES)}
-            say(
-                "for Claude Code by hand, also: export "
-                + shlex.join(f"{name}={text}" for name, text in by_hand.items())
-            )
+            exports = shlex.join(f"{name}={text}" for name, text in by_hand.items())
+            say(f"for Claude Code by hand, also: export {exports}")
             say("Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt, SystemExit):  # a good end, here
                 print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
