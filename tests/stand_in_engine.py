@@ -1,10 +1,11 @@
 """A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "hang", "stubborn" (ignores
-TERM). Its words are those of mistralrs 0.8.1."""
+TERM), "family" (has a child of its own). Its words are those of mistralrs 0.8.1."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +42,8 @@ def main() -> None:
         sys.exit(1)
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if behaviour == "family":
+        print(f"child {subprocess.Popen(['sleep', '600']).pid}", flush=True)
     if behaviour == "hang":
         threading.Event().wait()
     port = int(arguments[arguments.index("--port") + 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -228,9 +229,18 @@ def test_proxy_only_prints_what_to_paste_and_ends_well_on_a_signal(box: Sandbox)
             assert part in err, err
 
 
+def test_what_the_engine_started_ends_with_it(box: Sandbox) -> None:
+    process = box.start("--proxy-only", env={"STAND_IN": "family"})
+    ready(process)
+    child = int(re.search(r"child (\d+)", box.log())[1])  # type: ignore[index]
+    assert not gone(child)
+    end(process)
+    wait_for(lambda: gone(child))
+
+
 @pytest.mark.slow
 def test_the_engine_is_started_as_it_must_be(box: Sandbox, tiny_model: Path) -> None:
-    process = box.start("--proxy-only", "--isq", "Q8_0")
+    process = box.start("--proxy-only", "--isq", "Q8_0", env={"http_proxy": "http://127.0.0.1:9"})
     ready(process)
     (state,) = box.engine_states()
     assert (

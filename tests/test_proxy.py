@@ -161,6 +161,28 @@ def test_one_connection_serves_one_request_after_the_other() -> None:
         connection.close()
 
 
+def test_a_request_that_is_sent_before_the_last_is_answered_waits_its_turn() -> None:
+    go = threading.Event()
+
+    def slow() -> Iterator[str]:
+        assert go.wait(20)
+        yield from says("one")
+
+    with serving(slow(), says("two")) as (proxy, engine):
+        connection = connect(proxy, {**REQUEST, "stream": True})
+        assert engine.asked.wait(20)
+        data = json.dumps(REQUEST).encode()
+        head = b"POST /v1/messages HTTP/1.1\r\nx-api-key: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+        before = time.process_time()
+        connection.sendall(head % (proxy.token.encode(), len(data), data))
+        time.sleep(0.3)  # a busy loop would show in the time used
+        assert time.process_time() - before < 0.2
+        go.set()
+        seen = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert seen.index(b'"text": "one"') < seen.index(b"message_stop") < seen.index(b'"text": "two"')
+        connection.close()
+
+
 def test_an_engine_that_is_down_is_an_overload_which_the_client_tries_again() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

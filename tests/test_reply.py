@@ -233,6 +233,68 @@ def test_lines_are_found_wherever_the_bytes_are_cut() -> None:
         assert stream.feed(data[:cut]) + stream.feed(data[cut:]) == ['{"a": "é😀"}', "two", "[DONE]"]
 
 
+# As mistralrs 0.8.1 sent it (shortened): a role in every delta, calls null, the usage in the last chunk only.
+RECORDED = (
+    "".join(
+        f"data: {json.dumps({'id': '1', 'choices': [choice], 'created': 1795367692, 'object': 'chat.completion.chunk', **usage})}\n\n"
+        for choice, usage in [
+            *(
+                (
+                    {
+                        "finish_reason": None,
+                        "index": 0,
+                        "delta": {"content": text, "role": "assistant", "tool_calls": None},
+                    },
+                    {},
+                )
+                for text in (
+                    "I look",
+                    " here.",
+                    "\n",
+                    "<tool_call>",
+                    '\n{"name": "Bash"',
+                    ', "arguments": {',
+                    '"command": "ls',
+                    ' -1"}}\n',
+                    "</tool_call>",
+                )
+            ),
+            (
+                {
+                    "finish_reason": "stop",
+                    "index": 0,
+                    "delta": {"content": "", "role": "assistant", "tool_calls": None},
+                },
+                {
+                    "usage": {
+                        "completion_tokens": 10,
+                        "prompt_tokens": 12,
+                        "total_tokens": 22,
+                        "avg_tok_per_sec": 5666.7,
+                    }
+                },
+            ),
+        ]
+    )
+    + ":\n\ndata: [DONE]\n\n"
+)
+
+
+def test_a_recorded_stream_is_the_same_message_wherever_its_bytes_are_cut() -> None:
+    data = RECORDED.encode()
+    for cut in range(len(data)):
+        stream, reply = EventStream(), new_reply()
+        events = []
+        for payload in stream.feed(data[:cut]) + stream.feed(data[cut:]):
+            events += reply.finish(True) if payload == "[DONE]" else reply.feed(read_chunk(payload) or {})
+        message = collect(events)
+        assert [block.get("text") or block["input"] for block in message["content"]] == [
+            "I look here.\n",
+            {"command": "ls -1"},
+        ]
+        assert (message["stop_reason"], message["usage"]["input_tokens"]) == ("tool_use", 12)
+
+
 pieces = st.one_of(
     st.text(max_size=6),
     st.sampled_from(["<think>", "</think>", BASH_CALL, BASH_CALL[:40], BASH_CALL[40:], "<tool_call>", "\n", " "]),
