@@ -1397,7 +1397,6 @@ class ToolText:
     def __init__(self, tools: Mapping[str, Json]) -> None:
         self._tools = tools
         self._openers = tuple({opener: None for row in TOOL_FORMATS for opener in row.openers}) if tools else ()
-        self._find = re.compile("|".join(map(re.escape, self._openers)) or r"(?!)")
         self._buffer, self._at = "", 0
         self._final = self._natural = False
         self._said: list[str] = []  # since `_in_code` was last asked
@@ -1424,24 +1423,14 @@ class ToolText:
     def _run(self) -> Reader:
         yield
         yield from self._read_thinking()
-        while True:
-            opener = self._find.search(self._buffer)
-            if opener:
-                self._say(opener.start())
-                if not (yield from self._read_call(opener[0])):
-                    self._say(1)
-                continue
-            self._say(len(self._buffer) if self._final else len(self._buffer) - _partial(self._buffer, self._openers))
-            if self._final:
-                return
-            yield
+        while opener := (yield from self._flow(self._say, self._openers)):
+            if not (yield from self._read_call(opener)):
+                self._say(self._buffer[:1])
+                self._buffer = self._buffer[1:]
 
-    def _say(self, count: int) -> None:
-        """Hand on the first `count` characters as text."""
-        if count:
-            self._said.append(self._buffer[:count])
-            self._events.append(("text", self._buffer[:count]))
-            self._buffer, self._at = self._buffer[count:], 0
+    def _say(self, text: str) -> None:
+        self._said.append(text)
+        self._events.append(("text", text))
 
     def _read_call(self, opener: str) -> Reader:
         """Whether a call begins here (then it has been read). Not in code, where people write about calls."""
@@ -1460,6 +1449,19 @@ class ToolText:
         return last.endswith("`") or self._fenced != (_FENCE.match(last) is not None)
 
     # Small steps. Each looks at the buffer from `_at`, and yields when that is not enough to decide.
+
+    def _flow(self, emit: Callable[[str], None], stops: Sequence[str]) -> Reader:
+        """Hand text on as it comes until one of `stops` -> that one, which is left in the buffer; "" at the end."""
+        find = re.compile("|".join(map(re.escape, stops)) or r"(?!)")
+        while True:
+            stop = find.search(self._buffer)
+            count = stop.start() if stop else len(self._buffer) - (not self._final and _partial(self._buffer, stops))
+            if count:
+                emit(self._buffer[:count])
+                self._buffer, self._at = self._buffer[count:], 0
+            if stop or self._final:
+                return stop[0] if stop else ""
+            yield
 
     def _space(self) -> Reader:
         """Skip white space -> the character behind it, "" at the end."""
@@ -1526,20 +1528,8 @@ class ToolText:
             self._at = 0
             return
         self._drop()
-        while True:
-            end = self._buffer.find("</think>")
-            count = (
-                end if end >= 0 else len(self._buffer) - (0 if self._final else _partial(self._buffer, ("</think>",)))
-            )
-            if count:
-                self._events.append(("thinking", self._buffer[:count]))
-                self._buffer = self._buffer[count:]
-            if end >= 0:
-                self._buffer = self._buffer[len("</think>") :]
-                return
-            if self._final:
-                return
-            yield
+        end = yield from self._flow(lambda text: self._events.append(("thinking", text)), ("</think>",))
+        self._buffer = self._buffer[len(end) :]
 
     def _read_json_call(self) -> Reader:
         """`<tool_call>{"name": N, "arguments": {...}}</tool_call>`, the keys in either order."""
@@ -1654,32 +1644,18 @@ class ToolText:
         `</function></tool_call>` ends it too: the tag in front is sometimes forgotten."""
         streamed = _coerce("", schema) is None
         parts: list[str] = []
-
-        def take(count: int) -> None:
-            if streamed:
-                self._argue(_json_text(self._buffer[:count]))
-            parts.append(self._buffer[:count] if not streamed else "")
-            self._buffer, self._at = self._buffer[count:], 0
-
+        take = (lambda text: self._argue(_json_text(text))) if streamed else parts.append
         if streamed:
             self._argue('"')
         if (yield from self._literal("\n")):
             self._drop()
-        stops = ("\n</parameter>", "</parameter>", "\n</function>", "</function>")
-        while True:
-            stop = re.search(r"\n?</(?:parameter|function)>", self._buffer)
-            if stop:
-                take(stop.start())
-                if (yield from self._ends_value(stop[0])):
-                    break
-                take(len(stop[0]))
-                continue
-            take(len(self._buffer) - (0 if self._final else _partial(self._buffer, stops)))
-            if self._final:
-                if not self._natural:
-                    return False
+        while stop := (yield from self._flow(take, ("\n</parameter>", "</parameter>", "\n</function>", "</function>"))):
+            if (yield from self._ends_value(stop)):
                 break
-            yield
+            take(stop)
+            self._buffer = self._buffer[len(stop) :]
+        if not stop and not self._natural:
+            return False
         self._drop()
         self._argue('"' if streamed else str(_coerce("".join(parts), schema)))
         return True
