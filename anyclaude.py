@@ -1785,13 +1785,8 @@ class Reply:
         """message_start, once."""
         if self._state == "new":
             self._state = "open"
-            message: Json = {
-                "id": "msg_" + self._new_id(),
-                "type": "message",
-                "role": "assistant",
-                "model": self._model,
-            }
-            message.update(content=[], stop_reason=None, stop_sequence=None, usage=self.usage)
+            message: Json = {"id": "msg_" + self._new_id(), "type": "message", "role": "assistant"}
+            message.update(model=self._model, content=[], stop_reason=None, stop_sequence=None, usage=self.usage)
             self._emit("message_start", message=message)
         return self._take()
 
