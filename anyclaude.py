@@ -224,6 +224,21 @@ def terminate(process: subprocess.Popen[bytes], kill: Callable[[int, int], None]
                 return
 
 
+@contextlib.contextmanager
+def next_signal() -> Iterator[Callable[[], Any]]:
+    """A function that waits until a signal comes. A plain wait can miss one that comes just before it blocks, or that
+    the kernel gives to another thread; this one is woken by the interpreter's own handler, in whatever thread."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield lambda: reader.recv(64)
+    finally:
+        signal.set_wakeup_fd(before)
+        reader.close()
+        writer.close()
+
+
 # === 2 Settings ===============================================================================
 # Rule: flags > environment > project file > home file > defaults, one frozen value, made once.
 
@@ -2466,26 +2481,29 @@ def explain_mode(mode: str) -> None:
 def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run Claude Code in the foreground -> its exit status (128 + n for signal n). Ctrl-C and Ctrl-\\ are its own;
     when it stops itself (Ctrl-Z), so do we, so that the shell comes back."""
-    for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which it would inherit
-    try:
-        claude = subprocess.Popen([str(program), *arguments], env=dict(environ))
-    except OSError as error:
-        raise AnyclaudeError(f"{program} cannot be run: {error.strerror}.", " ".join(INSTALL_CLAUDE)) from None
-    try:
-        while True:
-            _, status = os.waitpid(claude.pid, os.WUNTRACED)
-            if not os.WIFSTOPPED(status):
-                break
-            time.sleep(0.05)  # the shell may be continuing us both just now, us first
-            if os.waitpid(claude.pid, os.WCONTINUED | os.WNOHANG)[0] == 0:
-                os.kill(os.getpid(), signal.SIGSTOP)
-                claude.send_signal(signal.SIGCONT)
-        claude.returncode = os.waitstatus_to_exitcode(status)
-        return claude.returncode if claude.returncode >= 0 else 128 - claude.returncode
-    finally:
-        if claude.returncode is None:
-            terminate(claude)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which it would inherit; SIGCHLD is to wake us
+    with next_signal() as wait:
+        try:
+            claude = subprocess.Popen([str(program), *arguments], env=dict(environ))
+        except OSError as error:
+            raise AnyclaudeError(f"{program} cannot be run: {error.strerror}.", " ".join(INSTALL_CLAUDE)) from None
+        try:
+            while True:
+                pid, status = os.waitpid(claude.pid, os.WUNTRACED | os.WNOHANG)
+                if not pid:
+                    wait()
+                elif os.WIFSTOPPED(status):
+                    time.sleep(0.05)  # the shell may be continuing us both just now, us first
+                    if os.waitpid(claude.pid, os.WCONTINUED | os.WNOHANG)[0] == 0:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                        claude.send_signal(signal.SIGCONT)
+                else:
+                    claude.returncode = os.waitstatus_to_exitcode(status)
+                    return claude.returncode if claude.returncode >= 0 else 128 - claude.returncode
+        finally:
+            if claude.returncode is None:
+                terminate(claude)
 
 
 # === 10 Commands ==============================================================================
@@ -2605,9 +2623,10 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             exports = shlex.join(f"{name}={text}" for name, text in by_hand.items())
             say(f"for Claude Code by hand, also: export {exports}")
             say("Ctrl-C ends it")
-            with contextlib.suppress(KeyboardInterrupt, SystemExit):  # a good end, here
+            with contextlib.suppress(KeyboardInterrupt, SystemExit), next_signal() as wait:  # a good end, here
                 print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
-                threading.Event().wait()
+                while True:
+                    wait()
             return 0
         named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
         mode = chosen_mode(arguments, [named, *others])
@@ -2624,8 +2643,10 @@ def exit_on_signals() -> None:
         signal.signal(number, lambda *_: None)  # once is enough
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs inherit it ignored
+    signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, leave)
 
 
 def open_standard_streams() -> None:

@@ -25,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes a second or more, and is run under one Python only")
 
 
+def _as_a_background_job() -> None:
+    """As a script starts one: SIGINT is ignored. SIGHUP is not, even if the tests run under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Sandbox:
     """A home and a working directory of their own, and the processes started in them."""
 
@@ -51,6 +57,7 @@ class Sandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=_as_a_background_job,  # noqa: PLW1509
             **options,
         )
         self.started.append(process)
