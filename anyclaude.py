@@ -865,8 +865,8 @@ def birth(pid: int) -> str:
 def port_owner(port: int) -> tuple[int, str]:
     """Who listens on `port` -> (pid, name); (0, "") if that cannot be known."""
     asked = (
-        (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), r"p(?P<pid>\d+)\nc(?P<name>.+)"),
         (("ss", "-Hltnp", f"sport = :{port}"), r'\(\("(?P<name>[^"]+)",pid=(?P<pid>\d+)'),
+        (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), r"p(?P<pid>\d+)\nc(?P<name>.+)"),
     )
     found = (re.search(pattern, output_of(*command)) for command, pattern in asked)
     return next(((int(match["pid"]), match["name"]) for match in found if match), (0, ""))

@@ -243,6 +243,7 @@ def test_when_claude_stops_itself_the_shell_comes_back(sandbox: Sandbox) -> None
     assert process.returncode == 3
 
 
+@pytest.mark.slow
 def test_what_claude_does_without_a_model_starts_no_engine(sandbox: Sandbox) -> None:
     recorder(sandbox)
     for arguments in (["mcp", "list", "--help"], ["plugins"], ["-v"]):

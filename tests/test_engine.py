@@ -229,6 +229,7 @@ def test_proxy_only_prints_what_to_paste_and_ends_well_on_a_signal(box: Sandbox)
             assert part in err, err
 
 
+@pytest.mark.slow
 def test_what_the_engine_started_ends_with_it(box: Sandbox) -> None:
     process = box.start("--proxy-only", env={"STAND_IN": "family"})
     ready(process)
@@ -285,6 +286,7 @@ def test_an_engine_that_ignores_term_is_killed(box: Sandbox) -> None:
     assert gone(state["pid"])
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_while_loading_is_noticed_at_once_and_explained(box: Sandbox) -> None:
     started = time.monotonic()
     done = box.run("--proxy-only", env={"STAND_IN": "crash"})
@@ -322,6 +324,7 @@ def test_an_engine_that_never_answers_is_given_up(box: Sandbox) -> None:
     assert not box.engine_states()
 
 
+@pytest.mark.slow
 def test_two_sessions_share_one_engine_and_the_last_one_stops_it(box: Sandbox) -> None:
     first, second = box.start("--proxy-only"), box.start("--proxy-only")
     ready(first), ready(second)
@@ -397,6 +400,7 @@ def test_a_session_that_ends_while_its_engine_is_being_started_leaves_none(
     wait_for(lambda: not box.engine_states(), 10)
 
 
+@pytest.mark.slow
 def test_a_program_that_took_the_port_while_the_engine_loaded_is_not_taken_for_it(box: Sandbox, tmp_path: Path) -> None:
     port = free_port()
     process = box.start("--proxy-only", "--engine-port", str(port), env={"STAND_IN": "hang"})
@@ -406,6 +410,7 @@ def test_a_program_that_took_the_port_while_the_engine_loaded_is_not_taken_for_i
     assert process.stderr is not None and f"port {port} is taken" in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_engines_on_two_ports_have_a_log_each(box: Sandbox) -> None:
     first = box.start("--proxy-only")
     ready(first)
@@ -417,6 +422,7 @@ def test_engines_on_two_ports_have_a_log_each(box: Sandbox) -> None:
         assert f":{port}" in Path(path).read_text()
 
 
+@pytest.mark.slow
 def test_a_stale_state_file_whose_pid_is_another_programs_hurts_nobody(box: Sandbox) -> None:
     port = json.loads((box.home / ".anyclauderc.json").read_text())["backends"]["mlx"]["port"]
     run = box.home / ".anyclaude" / "run"

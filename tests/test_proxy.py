@@ -358,6 +358,7 @@ ODD = [5, True, "x", [1], {"a": 1}, None, [[None]]]
 
 
 @pytest.mark.parametrize("field", ["tool_calls", "content", "reasoning_content", "usage", "finish_reason", "choices"])
+@pytest.mark.slow
 def test_odd_answers_of_the_engine_end_in_a_whole_stream(field: str) -> None:
     for odd in ODD:
         body: dict[str, Any] = {"choices": [{"delta": {"content": "a"}}]}

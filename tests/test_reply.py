@@ -280,6 +280,7 @@ RECORDED = (
 )
 
 
+@pytest.mark.slow
 def test_a_recorded_stream_is_the_same_message_wherever_its_bytes_are_cut() -> None:
     data = RECORDED.encode()
     for cut in range(len(data)):
