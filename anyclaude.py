@@ -398,6 +398,12 @@ def is_loopback(url: str) -> bool:
     return False
 
 
+def address_of(url: str) -> tuple[str, int]:
+    """The host and port that `url` leads to."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Part own options from claude's arguments -> ({option: value}, the rest in order).
 
@@ -2491,14 +2497,15 @@ def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, st
         try:
             while True:
                 pid, status = os.waitpid(claude.pid, os.WUNTRACED | os.WNOHANG)
-                if not pid:
-                    wait()
-                elif os.WIFSTOPPED(status):
+                if pid and os.WIFSTOPPED(status):
                     time.sleep(0.05)  # the shell may be continuing us both just now, us first
-                    if os.waitpid(claude.pid, os.WCONTINUED | os.WNOHANG)[0] == 0:
+                    pid, status = os.waitpid(claude.pid, os.WCONTINUED | os.WNOHANG)
+                    if not pid:
                         os.kill(os.getpid(), signal.SIGSTOP)
                         claude.send_signal(signal.SIGCONT)
-                else:
+                elif not pid:
+                    wait()
+                if pid and not os.WIFCONTINUED(status):
                     claude.returncode = os.waitstatus_to_exitcode(status)
                     return claude.returncode if claude.returncode >= 0 else 128 - claude.returncode
         finally:
@@ -2550,9 +2557,8 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[T
         yield dataclasses.replace(target, url=start_demo_engine(), window=settings.context_window or 200_000)
     elif settings.kind == "remote":
         say(f"using the server at {settings.base_url}, model {settings.model}")
-        parts = urllib.parse.urlsplit(settings.base_url)
         try:
-            socket.create_connection((parts.hostname, parts.port or http.client.HTTPS_PORT), timeout=10).close()
+            socket.create_connection(address_of(settings.base_url), timeout=10).close()
         except OSError as error:
             message = f"no server answers at {settings.base_url}: {error}."
             raise AnyclaudeError(message, "Start that server, or correct baseUrl (or --base-url).") from None

@@ -26,6 +26,7 @@ from anyclaude import (
     AnyclaudeError,
     Session,
     Settings,
+    address_of,
     chosen_mode,
     claude_arguments,
     claude_environment,
@@ -241,6 +242,33 @@ def test_when_claude_stops_itself_the_shell_comes_back(sandbox: Sandbox) -> None
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=20)
     assert process.returncode == 3
+
+
+def test_a_claude_that_ends_right_after_it_was_stopped_gives_its_status(sandbox: Sandbox) -> None:
+    kill = "import os, signal, time; time.sleep(0.02); os.kill({pid}, signal.SIGKILL)"
+    then = f"import subprocess; subprocess.Popen([sys.executable, '-S', '-c', {kill!r}.format(pid=os.getpid())])"
+    recorder(sandbox, f"{then}; os.kill(os.getpid(), signal.SIGSTOP)")
+    process = sandbox.start("--demo")
+
+    def ended() -> bool:
+        process.send_signal(signal.SIGCONT)  # if it stopped itself first, as it should
+        return process.poll() is not None
+
+    wait_for(ended)
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://h/v1", ("h", 80)),
+        ("https://h/v1", ("h", 443)),
+        ("http://h:1/v1", ("h", 1)),
+        ("http://[::1]:2", ("::1", 2)),
+    ],
+)
+def test_a_url_without_a_port_has_the_one_of_its_scheme(url: str, address: tuple[str, int]) -> None:
+    assert address_of(url) == address
 
 
 @pytest.mark.slow
