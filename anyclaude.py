@@ -2502,7 +2502,7 @@ def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, st
                     pid, status = os.waitpid(claude.pid, os.WCONTINUED | os.WNOHANG)
                     if not pid:
                         os.kill(os.getpid(), signal.SIGSTOP)
-                        claude.send_signal(signal.SIGCONT)
+                        os.kill(claude.pid, signal.SIGCONT)  # not send_signal, which may take its status
                 elif not pid:
                     wait()
                 if pid and not os.WIFCONTINUED(status):
