@@ -26,6 +26,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
+import hashlib
 import hmac
 import http.client
 import itertools
@@ -68,6 +70,8 @@ __version__ = "0.1.0"
 LOOPBACK = "127.0.0.1"
 STOP_SECONDS = 5.0  # between TERM and KILL
 
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the proxy of the environment
+
 Json = dict[str, Any]  # a JSON object
 Version = tuple[int, int, int]
 
@@ -75,6 +79,11 @@ Version = tuple[int, int, int]
 def as_object(value: Any) -> Json:
     """`value` if it is a JSON object, otherwise an empty one: what others send is never trusted to have its shape."""
     return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """`value` if it is a JSON array, otherwise an empty one."""
+    return value if isinstance(value, list) else []
 
 
 class AnyclaudeError(Exception):
@@ -268,6 +277,7 @@ class Settings:
     tool_calls: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     prompt: str = ""
+    vision: bool = False
     claude_binary: str = ""
     start_timeout: int = 600
     proxy_only: bool = False
@@ -313,6 +323,7 @@ KEYS = (
     Key("tool_calls", "text|engine", "toolCalls"),
     Key("sampling", "numbers", "sampling"),
     Key("prompt", "lean|full", "prompt", "--prompt"),
+    Key("vision", "flag", "vision"),
     Key("claude_binary", "path", "claudeBinary", trusted=True),
     Key("start_timeout", "1..86400", "startTimeout"),
     Key("proxy_only", "flag", flag="--proxy-only"),  # these are of one run, and never in a file
@@ -585,6 +596,196 @@ ARCHITECTURE_NAMES = (("qwen3", "qwen3moe"), ("llama", "llama"), ("mistral", "mi
 
 
 @dataclass(frozen=True)
+class ToolFormat:
+    """One way in which models write tool calls: section 6 reads it, `write_calls` writes it.
+
+    `sign`: the text in a chat template that tells it. `call`: a call as the template writes it. {name} is the tool's,
+    {number} counts the calls of the conversation, {id} is one of 9 characters, and the arguments are {arguments} (a JSON
+    object), {json} (an object of name and arguments) or {parameters}, each of which is `parameter` with {key} and {value}.
+    What is in parentheses is sometimes missing in what a model writes, what is in (?...) sometimes there, and white space may
+    differ. `before`, `after`:
+    around all calls of a turn; `between`: two of them. `inner`: the key of the arguments in {json}. `quote`: what stands
+    around strings in place of the JSON quote."""
+
+    name: str
+    sign: str
+    call: str
+    parameter: str = ""
+    before: str = ""
+    after: str = ""
+    between: str = ""
+    inner: str = "arguments"
+    quote: str = ""
+
+
+# In the order in which their signs are looked for; one without a sign is only read. Source: the chat templates of the
+# models named, rendered with one and with two calls, and the tests of the parsers in vLLM, SGLang and llama.cpp.
+TOOL_FORMATS = (
+    ToolFormat(
+        "seed",  # Seed-OSS
+        "<seed:tool_call>",
+        "<seed:tool_call>\n<function={name}>\n{parameters}</function>\n(</seed:tool_call>)",
+        "<parameter={key}>{value}</parameter>\n",
+        between="\n",
+    ),
+    ToolFormat(
+        "qwen3-coder",  # Qwen3-Coder, Qwen3.5, Nemotron-3, Step-3.5; the opener is often missing (llama.cpp#16755)
+        "<parameter=",
+        "(<tool_call>)\n<function={name}>\n{parameters}</function>\n(</tool_call>)",
+        "<parameter={key}>\n{value}\n</parameter>\n",
+        between="\n",
+    ),
+    ToolFormat(
+        "glm",  # GLM-4.5 and 4.6 as here, GLM-4.7 without line ends
+        "<arg_key>",
+        "<tool_call>{name}\n{parameters}</tool_call>",
+        "<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n",
+        between="\n",
+    ),
+    ToolFormat(
+        "minimax",  # MiniMax-M2
+        "<minimax:tool_call>",
+        '<invoke name="{name}">\n{parameters}</invoke>',
+        '<parameter name="{key}">{value}</parameter>\n',
+        before="<minimax:tool_call>\n",
+        after="\n</minimax:tool_call>",
+        between="\n",
+    ),
+    ToolFormat(
+        "kimi",  # Kimi-K2
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_begin|>(functions.){name}(:{number})<|tool_call_argument_begin|>{arguments}<|tool_call_end|>",
+        before="<|tool_calls_section_begin|>",
+        after="<|tool_calls_section_end|>",
+    ),
+    ToolFormat(
+        "deepseek-v3.2",
+        "｜DSML｜",
+        '<｜DSML｜invoke name="{name}">\n{parameters}</｜DSML｜invoke>',
+        '<｜DSML｜parameter name="{key}" string="{text}">{value}</｜DSML｜parameter>\n',
+        before="<｜DSML｜function_calls>\n",
+        after="\n</｜DSML｜function_calls>",
+        between="\n",
+    ),
+    ToolFormat(
+        "deepseek",  # DeepSeek V3, R1
+        "```json",
+        "<｜tool▁call▁begin｜>(function)<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>",
+        before="<｜tool▁calls▁begin｜>",
+        after="<｜tool▁calls▁end｜>",
+        between="\n",
+    ),
+    ToolFormat(
+        "deepseek-v3.1",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>",
+        before="<｜tool▁calls▁begin｜>",
+        after="<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat(
+        "harmony",  # gpt-oss
+        "<|channel|>",
+        "(<|start|>assistant) to=functions.{name}<|channel|>(?analysis)(commentary) (?<|constrain|>)(json)<|message|>{arguments}"
+        "<|call|>",
+    ),
+    ToolFormat(
+        "harmony, channel first",
+        "",
+        "(<|start|>assistant)<|channel|>(?analysis)(commentary) to=functions.{name} (<|constrain|>)(json)<|message|>{arguments}"
+        "<|call|>",
+    ),
+    ToolFormat("gemma", "<|tool_call>", "<|tool_call>call:{name}{arguments}<tool_call|>", quote='<|"|>'),  # Gemma 4
+    ToolFormat(
+        "functiongemma",
+        "<start_function_call>",
+        "<start_function_call>call:{name}{arguments}<end_function_call>",
+        quote="<escape>",
+    ),
+    ToolFormat("mistral-v11", "[CALL_ID]", "[TOOL_CALLS]{name}[CALL_ID]{id}([ARGS]){arguments}"),  # Small 3.2
+    ToolFormat("mistral", "[ARGS]", "[TOOL_CALLS]{name}([ARGS]){arguments}"),  # Devstral, Ministral 3
+    ToolFormat("mistral-list", "[TOOL_CALLS]", "[TOOL_CALLS] ([){json}(])"),  # 7B v0.3, Nemo, Large 2411, Small 3.1
+    ToolFormat("llama-function", "<function=", "<function={name}>{arguments}</function>"),
+    ToolFormat("llama", "<|python_tag|>", "<|python_tag|>{json}(?;)", inner="parameters"),  # Llama 3.1, 3.3
+    ToolFormat("granite", "<|tool_call|>", "<|tool_call|>([){json}(])(?<|/tool_call|>)"),  # Granite 3, Phi-4-mini
+    ToolFormat("hunyuan", "<tool_calls>", "<tool_calls>([){json}(])</tool_calls>"),
+    ToolFormat("hermes", "<tool_call>", "<tool_call>\n{json}\n</tool_call>", between="\n"),  # Qwen2.5, Qwen3, Hermes
+    ToolFormat("bare", '"parameters": ', "(?[){json}(?;)(?])", inner="parameters"),  # Llama 3.2
+)
+
+
+def write_calls(name: str, calls: Sequence[tuple[int, str, Json]]) -> str:
+    """Calls of one turn, each (number, tool, arguments), as the row `name` of TOOL_FORMATS writes them. Pure."""
+    row = next((row for row in TOOL_FORMATS if row.name == name), TOOL_FORMATS[-2])
+
+    def filled(pattern: str, **fields: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], re.sub(r"\(\?[^()]*\)|[()]", "", pattern))
+
+    def as_text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    written = []
+    for number, tool, arguments in calls:
+        parameters = (
+            filled(row.parameter, key=key, value=as_text(value), text=json.dumps(isinstance(value, str)))
+            for key, value in arguments.items()
+        )
+        text = json.dumps(arguments, ensure_ascii=False)
+        together = f'{{"name": {json.dumps(tool)}, "{row.inner}": {text}}}'
+        fields = {"name": tool, "number": str(number), "id": f"call{number:05}", "arguments": text, "json": together}
+        written.append(filled(row.call, **fields, parameters="".join(parameters) if row.parameter else ""))
+    return row.before + row.between.join(written) + row.after
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a model wants its conversations. What is said by `SIGNS` is found in its chat template."""
+
+    calls: str = ""  # the row of TOOL_FORMATS in which it writes calls
+    hides_tools: bool = False
+    thinking: str = ""  # the request field that switches thinking
+    opens_thinking: bool = False
+    alternates: bool = False
+    no_system: bool = False
+    short_ids: bool = False
+    one_call: bool = False
+    names_results: bool = False
+    takes_text: bool = False
+    writes_calls: bool = False  # calls in the history are written into the text, as the template would write them
+    writes_results: bool = False  # and results, too: as text of the user
+
+
+# A field of Dialect -> what shows it in a chat template. Source: the templates of the models named.
+SIGNS = {
+    "opens_thinking": r"<think>(\\n|\n)*['\"]\s*-?\}\}",  # the prompt ends with it: QwQ, R1, Qwen3-Thinking-2507
+    "alternates": r"must alternate",  # raises: Mistral, Gemma 1 to 3
+    "no_system": r"[Ss]ystem role not supported",  # raises: Gemma 1 and 2
+    "short_ids": r"length *!= *9",  # raises: Mistral Nemo, Small 3.2
+    "one_call": r"single tool-calls|tool_calls\[0\]",  # raises: Llama 3; shows only the first: gpt-oss
+    "names_results": r"<\|tool_response>",  # Gemma 4 in mistral.rs
+    # Arguments as text, as mistral.rs before 0.9.0 hands them on, are printed as they are; others would quote them once
+    # more (Qwen2.5, Llama 3, Mistral Nemo) or fail (Qwen3-Coder, GLM, MiniMax: `items`).
+    "takes_text": r"arguments is string\s*-?%\}(?!\s*\{\{-?\s*raise)|\+ *tool\['function'\]\['arguments'\]",
+}
+
+
+def read_dialect(template: str) -> Dialect:
+    """The dialect that a chat template shows. Pure."""
+    if not template:
+        return Dialect(takes_text=True)
+    found = {name: re.search(sign, template) is not None for name, sign in SIGNS.items()}
+    calls = next((row.name for row in TOOL_FORMATS if row.sign and row.sign in template), "")
+    switch = "enable_thinking" if "enable_thinking" in template else "reasoning_effort" * (calls == "harmony")
+    return Dialect(calls=calls, hides_tools="tools" not in template, thinking=switch, **found)
+
+
+def call_id(dialect: Dialect, identity: str, name: str, number: int) -> str:
+    """The id of a call as the template wants it."""
+    if dialect.calls == "kimi":
+        return f"functions.{name}:{number}"
+    return hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:9] if dialect.short_ids else identity
+
+
+@dataclass(frozen=True)
 class Model:
     """A model as the engine is told of it. `path`: a folder, or a Hugging Face id; `arch`: the value of -a, "" where
     the engine detects it; `context`: tokens, 0 if unknown; `since`: the first engine that loads it."""
@@ -597,10 +798,12 @@ class Model:
     sampling: Mapping[str, float] = field(default_factory=dict)
     since: Version = (0, 0, 0)
     on_disk: bool = True
+    sees: bool = False
+    dialect: Dialect = Dialect(takes_text=True)
 
 
-def inspect_model(path: str, config: Json | None, generation: Json, arch: str = "") -> Model:
-    """A model from its config.json (None: there is none) and generation_config.json. Pure.
+def inspect_model(path: str, config: Json | None, generation: Json, arch: str = "", template: str = "") -> Model:
+    """A model from its config.json (None: there is none), generation_config.json and chat template. Pure.
 
     `arch` overrides the architecture. Raises AnyclaudeError for one that cannot be told, or that no engine loads."""
     name = Path(path).name
@@ -613,6 +816,7 @@ def inspect_model(path: str, config: Json | None, generation: Json, arch: str = 
     elif not arch:
         arch, since = _architecture(path, config.get("architectures"))
     config = config or {}
+    seers = {name for name, (value, _) in ARCHITECTURES.items() if not value and name != "Gemma3ForCausalLM"}
     configs = (config, as_object(config.get("text_config")))
     lengths = [part.get("max_position_embeddings") for part in configs]
     sampling = {key: generation[key] for key in SAMPLING if type(generation.get(key)) in (int, float)}
@@ -624,6 +828,9 @@ def inspect_model(path: str, config: Json | None, generation: Json, arch: str = 
         quantised=any(part.get("quantization_config") or part.get("quantization") for part in configs),
         sampling={"temperature": 0.0} if generation.get("do_sample") is False else sampling,
         since=since,
+        sees=bool(config.get("vision_config") or "img_processor" in config)
+        and not seers.isdisjoint(name for name in as_list(config.get("architectures")) if isinstance(name, str)),
+        dialect=read_dialect(template),
     )
 
 
@@ -636,6 +843,20 @@ def _architecture(path: str, classes: Any) -> tuple[str, Version]:
         message = f"{path} is a {classes[0]}, which mistral.rs does not load. It loads: {known}."
         raise AnyclaudeError(message, "Choose another model, or, if you know better, name its loader: --arch qwen3")
     return ARCHITECTURES[classes[0]]
+
+
+def read_template(folder: Path) -> str:
+    """The chat template of a model's folder; of several, the one for tools. "" if there is none."""
+    found: Any = ""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if (folder / "chat_template.jinja").exists():
+            found = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        else:
+            name = "chat_template.json" if (folder / "chat_template.json").exists() else "tokenizer_config.json"
+            found = as_object(json.loads((folder / name).read_text(encoding="utf-8"))).get("chat_template")
+    named = {row.get("name"): row.get("template") for row in map(as_object, as_list(found))}
+    found = named.get("tool_use", named.get("default", "")) if named else found
+    return found if isinstance(found, str) else ""
 
 
 def read_model(path: str, arch: str = "") -> Model:
@@ -653,7 +874,7 @@ def read_model(path: str, arch: str = "") -> Model:
         read_json(folder / name) if (folder / name).exists() else None
         for name in ("config.json", "generation_config.json")
     )
-    return inspect_model(path, config, generation or {}, arch)
+    return inspect_model(path, config, generation or {}, arch, read_template(folder))
 
 
 # === 4 Engine =================================================================================
@@ -680,6 +901,16 @@ GENERATIONS = (
     Generation("mistralrs", ("serve",), "--host", "text", "auto", isq_behind=True),
     Generation("mistralrs-server", (), "--serve-ip", "plain", "run", isq_behind=False),
 )
+# What the chat endpoint can, and since when. Source: mistralrs-server-core/src and mistralrs-core/src/engine at v0.6.0,
+# v0.7.0, v0.8.0 and v0.9.2.
+SINCE: dict[str, Version] = {
+    "calls in the history": (0, 7, 0),
+    "images": (0, 7, 0),
+    "thinking apart from text": (0, 7, 0),
+    "forced calls": (0, 8, 4),
+    "counts tokens": (0, 8, 4),
+    "arguments as objects": (0, 9, 0),
+}
 # What the engine's log says when it fails -> what to do. Source: mistral.rs at v0.6.0 to v0.9.2, and runs of 0.8.1 and 0.9.5.
 LOG_HINTS = (
     (r"Address already in use", "Another program took the port. Choose another: --engine-port 8082"),
@@ -731,6 +962,26 @@ def command_line(engine: Engine, model: Model, port: int, isq: str = "", extra: 
             place = behind if re.search(rf"(?m)(^|[\s,]){name}(?![\w-])", engine.model_help) else front
         place.append(argument)
     return [str(engine.program), *generation.front, *front, *behind]
+
+
+def dialect_on(dialect: Dialect, version: Version) -> Dialect:
+    """The dialect with what this engine leaves to us. Pure. Calls go into the text where the engine would drop them, or
+    hand them to the template in a form that it cannot use (DeepSeek's wants no text beside calls)."""
+    can = {name: version >= since for name, since in SINCE.items()}
+    unpacked = can["arguments as objects"] or dialect.takes_text
+    usable = (
+        not dialect.hides_tools
+        and can["calls in the history"]
+        and unpacked
+        and not dialect.calls.startswith("deepseek")
+    )
+    writes = not usable and dialect.calls != "harmony"  # harmony keeps calls in channels of their own
+    return dataclasses.replace(
+        dialect,
+        writes_calls=writes,
+        writes_results=writes and (dialect.alternates or dialect.hides_tools),
+        opens_thinking=dialect.opens_thinking and not can["thinking apart from text"],
+    )
 
 
 def probe_engine(program: Path) -> Engine | None:
@@ -908,7 +1159,7 @@ def free_port() -> int:
 def answers(url: str) -> bool:
     """Whether a GET on the loopback is answered with 200. The system's HTTP proxies are left aside."""
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2) as reply:
+        with DIRECTLY.open(url, timeout=2) as reply:
             return bool(reply.status == 200)
     except (OSError, http.client.HTTPException):
         return False
@@ -1081,6 +1332,68 @@ ERROR_KINDS = {  # HTTP status -> Anthropic's name for it. Source: the Anthropic
 }
 BILLING_BLOCK = "x-anthropic-billing-header:"  # the client's first system text; it differs per conversation
 
+_TEXT, _PATH = {"type": "string"}, {"type": "string", "description": "Absolute path of a file or folder"}
+_RANGE = {"type": "array", "items": {"type": "integer"}, "description": "First and last line; -1: to the end"}
+COMPUTER_ACTIONS = """key type mouse_move left_click left_click_drag right_click middle_click double_click triple_click
+    screenshot cursor_position hold_key left_mouse_down left_mouse_up scroll wait"""
+# Tools that the client runs and that have no schema of their own in the request: prefix of their type -> what they do,
+# parameters, required ones. Source: Anthropic's documentation of these tools, and the types of its SDK.
+CLIENT_TOOLS: dict[str, tuple[str, Json, list[str]]] = {
+    "bash_": (
+        "Run commands in a shell that stays open between calls.",
+        {
+            "command": {"type": "string", "description": "The command to run. Required unless restart is given."},
+            "restart": {"type": "boolean", "description": "Start the shell anew."},
+        },
+        [],
+    ),
+    "text_editor_": (
+        "View, create and edit text files.",
+        {
+            "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
+            "path": _PATH,
+            "file_text": {"type": "string", "description": "For create: the whole text."},
+            "old_str": {"type": "string", "description": "For str_replace: the text to replace, which occurs once."},
+            "new_str": {"type": "string", "description": "For str_replace: the new text."},
+            "insert_line": {
+                "type": "integer",
+                "description": "For insert: the line behind which to insert; 0: in front.",
+            },
+            "insert_text": {"type": "string", "description": "For insert: the text to insert."},
+            "view_range": _RANGE,
+        },
+        ["command", "path"],
+    ),
+    "memory_": (
+        "View and edit the files in /memories, which last from session to session.",
+        {
+            "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]},
+            **{name: _PATH for name in ("path", "old_path", "new_path")},
+            **{name: _TEXT for name in ("file_text", "old_str", "new_str", "insert_text")},
+            "insert_line": {"type": "integer"},
+            "view_range": _RANGE,
+        },
+        ["command"],
+    ),
+    "computer_2": (
+        "Use the computer's screen, mouse and keyboard.",
+        {
+            "action": {"type": "string", "enum": COMPUTER_ACTIONS.split()},
+            **{name: {"type": "array", "items": {"type": "integer"}} for name in ("coordinate", "start_coordinate")},
+            "text": _TEXT,
+            "scroll_direction": {"type": "string", "enum": ["up", "down", "left", "right"]},
+            "scroll_amount": {"type": "integer"},
+            "duration": {"type": "number"},
+        },
+        ["action"],
+    ),
+}
+# In content that is no text of its own, the keys under which there is something to read. All others are identifiers,
+# or encrypted. Source: the request types of Anthropic's SDK 2.12.0.
+_READABLE = """title url source context query name tool_name input text content stdout stderr return_code lines error_code
+    error_message tool_references tabs"""
+READABLE = _READABLE.split()
+
 
 class ApiError(Exception):
     """An error in the client's own words: an HTTP status, and the message that Anthropic's API would give."""
@@ -1105,9 +1418,13 @@ class Target:
     model: str = "default"
     key: str = ""
     own_tools: bool = True
+    forces_calls: bool = False  # the engine obeys tool_choice
+    sees: bool = False
+    counts: bool = False  # the engine has /messages/count_tokens
     window: int = 0
     max_tokens: int = 32768
     sampling: Mapping[str, float] = field(default_factory=dict)
+    dialect: Dialect = Dialect()
 
 
 def _blocks(content: Any, where: str) -> list[Json]:
@@ -1117,114 +1434,315 @@ def _blocks(content: Any, where: str) -> list[Json]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        raise ApiError(400, f"{where}: must be a string or a list of content blocks")
+        raise ApiError(400, f"{where}: Input should be a string or a list of content blocks")
     return content
 
 
-def _block_text(block: Json) -> str:
-    """What the model reads of one block. What it cannot read is named, never dropped in silence."""
-    kind = block.get("type")
-    if kind == "text":
-        return str(block.get("text") or "")
-    if kind in ("thinking", "redacted_thinking"):
-        return ""
-    source = as_object(block.get("source"))
-    if kind == "document" and source.get("type") == "text":
-        return str(source.get("data") or "")
-    return f"[{kind} content that this model cannot read]"
+def _join(texts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, texts))
 
 
-def _join(blocks: Iterable[Json]) -> str:
-    return "\n\n".join(filter(None, map(_block_text, blocks)))
+def _reminder(text: str) -> str:
+    return f"<system-reminder>\n{text}\n</system-reminder>" if text else ""
 
 
-def _system_text(system: Any) -> str:
-    texts = (str(block.get("text") or "") for block in _blocks(system, "system"))
-    kept = (re.sub(rf"\A{BILLING_BLOCK}[^\n]*\n*", "", text) for text in texts)
-    return "\n\n".join(text for text in kept if text.strip())
+def _readable(value: Any) -> str:
+    """All that there is to read in a value, a line each."""
+    if isinstance(value, dict):
+        if set(value) & set(READABLE):
+            return "\n".join(filter(None, (_readable(value[key]) for key in READABLE if key in value)))
+        return json.dumps(value, ensure_ascii=False)
+    return "\n".join(filter(None, map(_readable, value))) if isinstance(value, list) else str(value or "")
 
 
-def _add_user(messages: list[Json], text: str) -> None:
-    """Append to the user turn that stands last, or begin one."""
-    if not text:
-        return
-    if messages and messages[-1]["role"] == "user":
-        messages[-1]["content"] += "\n\n" + text
-    else:
-        messages.append({"role": "user", "content": text})
+class _Prompt:
+    """The OpenAI messages of a conversation, turn by turn."""
+
+    def __init__(self, target: Target) -> None:
+        self.messages: list[Json] = []
+        self._target, self._dialect = target, target.dialect
+        self._open: dict[str, str] = {}  # calls that have no result yet: id -> name
+        self._held: list[str] = []  # reminders that came between a call and its result
+        self._ids: dict[str, str] = {}  # id of the client -> id for the engine
+        self._calls = 0
+
+    # What the model reads of blocks. What it cannot read is named, never dropped in silence.
+
+    def _read(self, blocks: Iterable[Json], images: list[str]) -> str:
+        """-> the text of `blocks`. The images in them are added to `images`."""
+        return _join(self._read_block(block, images) for block in blocks)
+
+    def _read_block(self, block: Json, images: list[str]) -> str:
+        kind = str(block.get("type"))
+        if kind == "text":
+            return str(block.get("text") or "")
+        if kind in ("thinking", "redacted_thinking"):
+            return ""
+        if kind == "image":
+            return self._read_image(as_object(block.get("source")), images)
+        if kind == "document":
+            return self._read_document(block, images)
+        text = _readable(block)
+        return text if kind == "compaction" else f"[{kind}]\n{text}".strip()
+
+    def _read_image(self, source: Json, images: list[str]) -> str:
+        url = source.get("url")
+        if source.get("type") == "base64":
+            url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        if not self._target.sees:
+            return "[image: this model cannot see images]"
+        if not isinstance(url, str):
+            return "[image: its file is not available here]"
+        images.append(url)
+        return f"[image {len(images)}]"
+
+    def _read_document(self, block: Json, images: list[str]) -> str:
+        source = as_object(block.get("source"))
+        title = " ".join(str(block.get(key) or "") for key in ("title", "context")).strip()
+        kind, content = source.get("type"), source.get("content")
+        if kind == "text":
+            return _join((title, str(source.get("data") or "")))
+        if kind == "content":
+            return _join((title, self._read(_blocks(content, "document.source.content"), images)))
+        what = source.get("url") or source.get("media_type") or kind
+        how = (
+            "Its text can be had with a tool such as pdftotext."
+            if kind == "base64"
+            else "It can be fetched with a tool."
+        )
+        return f"[document {title} ({what}): this model cannot read it in this form. {how}]".replace("  ", " ")
+
+    # Turns.
+
+    def add_user(self, text: str, images: Sequence[str] = ()) -> None:
+        """Append to the user turn that stands last, or begin one."""
+        last = self.messages[-1] if self.messages else {}
+        if not text and not images:
+            return
+        if last.get("role") == "tool" and self._dialect.alternates and not images:
+            last["content"] = _join((last["content"], text))
+            return
+        if last.get("role") != "user":
+            last = {"role": "user", "content": ""}
+            self.messages.append(last)
+        parts = last["content"] if isinstance(last["content"], list) else [{"type": "text", "text": last["content"]}]
+        parts[0]["text"] = _join((parts[0]["text"], text))
+        parts += [{"type": "image_url", "image_url": {"url": url}} for url in images]
+        last["content"] = parts if len(parts) > 1 else parts[0]["text"]
+
+    def user_turn(self, blocks: list[Json]) -> None:
+        """A user turn; its tool results come first, each as a message of its own, next to the calls they answer."""
+        images: list[str] = []
+        for block in blocks:
+            if block.get("type") == "tool_result":
+                text = self._read(_blocks(block.get("content"), "tool_result.content"), images)
+                if block.get("is_error") and "error" not in text[:60].lower():
+                    text = f"Error: {text}"
+                self._result(str(block.get("tool_use_id") or ""), text)
+        self.close_calls()
+        seen = _join(f"[image {number}] of the tool result:" for number in range(1, len(images) + 1))
+        text = self._read((block for block in blocks if block.get("type") != "tool_result"), images)
+        self.add_user(_join((seen, text)), images)
+
+    def _result(self, identity: str, text: str) -> None:
+        name = self._open.pop(identity, None)
+        if name is None:
+            self._held.append(f"[result of an earlier tool call]\n{text}")
+        elif self._dialect.writes_results:
+            self.add_user(f"<tool_response>\n{text}\n</tool_response>")
+        else:
+            named = {"name": name} if self._dialect.names_results else {}
+            self.messages.append(
+                {"role": "tool", "tool_call_id": self._ids.get(identity, identity), **named, "content": text}
+            )
+
+    def close_calls(self) -> None:
+        """No more results will come: calls that were broken off get one, which templates insist on."""
+        for identity in list(self._open):
+            self._result(identity, "[no result: the call was interrupted]")
+        for text in self._held:
+            self.add_user(text)
+        self._held = []
+
+    def system_turn(self, blocks: list[Json]) -> None:
+        """A system turn in mid-conversation, folded where it stands: moved to the front it would change the head of
+        the prompt on every turn, and many chat templates refuse it anywhere else."""
+        text = _reminder(self._read(blocks, []))
+        if self._open and text:
+            self._held.append(text)
+        else:
+            self.add_user(text)
+
+    def assistant_turn(self, blocks: list[Json]) -> None:
+        """An assistant turn. `content` is "" and never null beside calls: mistral.rs 0.7.0 to 0.9.1 would render them twice."""
+        text = self._read((block for block in blocks if block.get("type") != "tool_use"), [])
+        uses = [block for block in blocks if block.get("type") == "tool_use"]
+        calls = [
+            (str(block.get("id") or ""), str(block.get("name") or ""), as_object(block.get("input"))) for block in uses
+        ]
+        if not text and not calls:
+            return
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") != "assistant":
+            last = {"role": "assistant", "content": ""}
+            self.messages.append(last)
+        last["content"] = _join((last["content"], text))
+        self._open.update((identity, name) for identity, name, _ in calls)
+        numbered = [(self._calls + number, name, arguments) for number, (_, name, arguments) in enumerate(calls)]
+        if calls and self._dialect.writes_calls:
+            last["content"] = "\n".join(filter(None, (last["content"], write_calls(self._dialect.calls, numbered))))
+        elif calls:
+            for (number, name, arguments), (identity, _, _) in zip(numbered, calls):
+                self._ids[identity] = call_id(self._dialect, identity, name, number)
+                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+                call = {"id": self._ids[identity], "type": "function", "function": function}
+                last.setdefault("tool_calls", []).append(call)
+        self._calls += len(calls)
 
 
-def _add_user_turn(messages: list[Json], blocks: list[Json]) -> None:
-    """A user turn; its tool results come first, each as a message of its own, next to the calls they answer."""
-    for block in blocks:
-        if block.get("type") == "tool_result":
-            text = _join(_blocks(block.get("content"), "tool_result.content"))
-            if block.get("is_error") and "error" not in text[:60].lower():
-                text = f"Error: {text}"
-            messages.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id") or ""), "content": text})
-    _add_user(messages, _join(block for block in blocks if block.get("type") != "tool_result"))
+_TURNS = {"user": _Prompt.user_turn, "assistant": _Prompt.assistant_turn, "system": _Prompt.system_turn}
 
 
-def _add_system_turn(messages: list[Json], blocks: list[Json]) -> None:
-    """A system turn in mid-conversation, folded where it stands: moved to the front it would change the head of the
-    prompt on every turn, and many chat templates refuse it anywhere else."""
-    text = _join(blocks)
-    _add_user(messages, f"<system-reminder>\n{text}\n</system-reminder>" if text else "")
+def _objects(body: Json, key: str) -> list[Json]:
+    """The list of objects that `key` holds."""
+    values = body.get(key) or []
+    if not isinstance(values, list):
+        raise ApiError(400, f"{key}: Input should be a valid array")
+    for number, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise ApiError(400, f"{key}.{number}: Input should be an object")
+    return values
 
 
-def _add_assistant_turn(messages: list[Json], blocks: list[Json]) -> None:
-    """An assistant turn. `content` is "" and never null beside calls: mistral.rs 0.7.0 to 0.9.1 would render them twice."""
-    calls = []
-    for block in blocks:
-        if block.get("type") == "tool_use":
-            arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
-            function = {"name": str(block.get("name") or ""), "arguments": arguments}
-            calls.append({"id": str(block.get("id") or ""), "type": "function", "function": function})
-    text = _join(block for block in blocks if block.get("type") != "tool_use")
-    if not text and not calls:
-        return
-    if messages and messages[-1]["role"] == "assistant":
-        last = messages[-1]
-        last["content"] = "\n\n".join(filter(None, (last["content"], text)))
-    else:
-        last = {"role": "assistant", "content": text}
-        messages.append(last)
-    if calls:
-        last.setdefault("tool_calls", []).extend(calls)
-
-
-_TURNS = {"user": _add_user_turn, "assistant": _add_assistant_turn, "system": _add_system_turn}
-
-
-def _client_tools(body: Json) -> list[Json]:
-    """The tools that the client runs. Tools of Anthropic's servers have no schema, and are left out."""
-    tools = body.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ApiError(400, "tools: must be a list of objects")
-    return [tool for tool in tools if isinstance(tool.get("name"), str) and isinstance(tool.get("input_schema"), dict)]
+def _client_tools(body: Json) -> dict[str, tuple[str, Json]]:
+    """The tools that the client runs: name -> (description, schema). Those of Anthropic's servers are left out."""
+    tools: dict[str, tuple[str, Json]] = {}
+    for number, tool in enumerate(_objects(body, "tools")):
+        kind, schema, name = str(tool.get("type") or "custom"), tool.get("input_schema"), tool.get("name")
+        known = next((row for prefix, row in CLIENT_TOOLS.items() if kind.startswith(prefix)), None)
+        if isinstance(schema, dict) or kind == "custom":
+            for key, kinds in (("name", str), ("input_schema", dict)):
+                if not isinstance(tool.get(key), kinds):
+                    raise ApiError(400, f"tools.{number}.custom.{key}: Field required")
+            tools[str(name)] = (str(tool.get("description") or ""), as_object(schema))
+        elif known and isinstance(name, str):
+            description, properties, required = known
+            tools[name] = (description, {"type": "object", "properties": properties, "required": required})
+    return tools
 
 
 def callable_tools(body: Json) -> dict[str, Json]:
     """The tools that the reply may call: name -> input schema."""
     forbidden = as_object(body.get("tool_choice")).get("type") == "none"
-    return {} if forbidden else {tool["name"]: tool["input_schema"] for tool in _client_tools(body)}
+    return {} if forbidden else {name: schema for name, (_, schema) in _client_tools(body).items()}
 
 
-def _openai_tool(tool: Json) -> Json:
-    parameters = {key: value for key, value in tool["input_schema"].items() if key != "$schema"}
-    function = {"name": tool["name"], "description": str(tool.get("description") or ""), "parameters": parameters}
-    return {"type": "function", "function": function}
+def unavailable_tool(body: Json) -> str:
+    """The kind of tool that a request is only made for and that only Anthropic's servers have; otherwise "". The client
+    takes any answer for its result, and a model would make one up."""
+    tools = _objects(body, "tools")
+    kinds = [re.sub(r"_\d+\Z", "", str(tool.get("type") or tool.get("name"))) for tool in tools]
+    return "" if not tools or _client_tools(body) else kinds[0].replace("_", " ")
 
 
-def _tool_choice(body: Json, own_tools: bool) -> Any:
-    """With our own parser always "none": the template still shows the tools, but the engine's parser and its grammar,
-    which corrupt calls that are correct, stay off."""
+def _openai_tool(name: str, description: str, schema: Json) -> Json:
+    parameters = {key: value for key, value in schema.items() if key != "$schema" and value is not None}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def _tools_as_text(tools: Sequence[Json], calls: str) -> str:
+    """For templates that do not show the tools."""
+    example = write_calls(calls, [(0, "TOOL_NAME", {"PARAMETER": "VALUE"})])
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    return f"# Tools\n\nThese tools can be called:\n\n{listed}\n\nTo call one, write exactly this:\n\n{example}"
+
+
+def _forced(body: Json, tools: Sequence[Json]) -> str:
+    """What a tool_choice that asks for a call says in words; "" for any other."""
     choice = as_object(body.get("tool_choice"))
-    if own_tools:
-        return "none"
+    if choice.get("type") not in ("any", "tool") or not tools:
+        return ""
+    named = f"the tool {choice.get('name')}" if choice["type"] == "tool" else "one of the tools"
+    return f"Answer by calling {named} now."
+
+
+def _tool_fields(body: Json, target: Target, tools: list[Json]) -> Json:
+    """With our own parser tool_choice is always "none": the template still shows the tools, but the engine's parser and
+    its grammar, which corrupt calls that are correct, stay off (mistral.rs 0.6 and 0.7: without tools, too)."""
+    choice = as_object(body.get("tool_choice"))
+    if target.own_tools:
+        return {} if target.dialect.hides_tools or not tools else {"tools": tools, "tool_choice": "none"}
+    if not tools:
+        return {}
+    wanted: Any = {"any": "required", "none": "none"}.get(str(choice.get("type")), "auto")
     if choice.get("type") == "tool":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return {"any": "required", "none": "none"}.get(str(choice.get("type")), "auto")
+        wanted = {"type": "function", "function": {"name": choice.get("name")}}
+    if wanted not in ("auto", "none") and not target.forces_calls:
+        wanted = "auto"
+    single = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
+    return {"tools": tools, "tool_choice": wanted, **single}
+
+
+def _thinking_fields(body: Json, dialect: Dialect, plain: bool) -> Json:
+    """Whether and how much to think, where the model has a switch for it. `plain`: the answer must be without."""
+    kind = as_object(body.get("thinking")).get("type", "disabled")
+    effort = as_object(body.get("output_config")).get("effort")
+    if dialect.thinking == "enable_thinking":
+        return {"enable_thinking": kind != "disabled" and not plain}
+    if dialect.thinking == "reasoning_effort":
+        return {"reasoning_effort": {"low": "low", "medium": "medium"}.get(str(effort), "high" if effort else "medium")}
+    return {}
+
+
+def _numbers_of(body: Json) -> Json:
+    """The sampling that the client asks for."""
+    found = {}
+    for name, kinds in (("temperature", (int, float)), ("top_p", (int, float)), ("top_k", (int,))):
+        value = body.get(name)
+        if value is not None and (type(value) not in kinds or value < 0):
+            raise ApiError(400, f"{name}: Input should be a valid number")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def stop_sequences(body: Json) -> list[str]:
+    """The texts at which the reply shall end."""
+    stops = body.get("stop_sequences") or []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ApiError(400, "stop_sequences: Input should be a valid array of strings")
+    return [stop for stop in stops if stop]  # mistral.rs would end at once for an empty one
+
+
+def _system_text(system: Any) -> str:
+    texts = (str(block.get("text") or "") for block in _blocks(system, "system"))
+    kept = (re.sub(rf"\A{BILLING_BLOCK}[^\n]*\n*", "", text) for text in texts)
+    return _join(text for text in kept if text.strip())
+
+
+def _messages(body: Json, target: Target, system: str, order: str) -> list[Json]:
+    """The conversation. `order`: a last word to the model."""
+    turns = body.get("messages")
+    if not isinstance(turns, list):
+        problem = "Field required" if turns is None else "Input should be a valid array"
+        raise ApiError(400, f"messages: {problem}")
+    prompt = _Prompt(target)
+    if system and target.dialect.no_system:
+        prompt.add_user(system)
+    elif system:
+        prompt.messages.append({"role": "system", "content": system})
+    for number, turn in enumerate(turns):
+        add_turn = _TURNS.get(str(as_object(turn).get("role")))
+        if add_turn is None:
+            raise ApiError(400, f"messages.{number}.role: Input should be 'user', 'assistant' or 'system'")
+        add_turn(prompt, _blocks(turn.get("content"), f"messages.{number}.content"))
+    prompt.close_calls()
+    if all(message["role"] == "system" for message in prompt.messages):
+        raise ApiError(400, "messages: at least one message with text content is required")
+    if prompt.messages[-1]["role"] == "assistant":  # no engine lets a model go on in the middle of a turn
+        prompt.add_user(_reminder("Go on exactly where your last message ends, without repeating any of it."))
+    prompt.add_user(_reminder(order))
+    return prompt.messages
 
 
 def translate_request(body: Any, target: Target) -> Json:
@@ -1233,65 +1751,165 @@ def translate_request(body: Any, target: Target) -> Json:
     Raises ApiError 400 that names the field which is not as it must be."""
     if not isinstance(body, dict):
         raise ApiError(400, "the request body must be a JSON object")
-    turns = body.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise ApiError(400, "messages: at least one message is required")
+    tools = [_openai_tool(name, *tool) for name, tool in _client_tools(body).items()]
     system = _system_text(body.get("system"))
-    messages: list[Json] = [{"role": "system", "content": system}] if system else []
-    for number, turn in enumerate(turns):
-        add_turn = _TURNS.get(str(as_object(turn).get("role")))
-        if add_turn is None:
-            raise ApiError(400, f"messages.{number}.role: must be user, assistant or system")
-        add_turn(messages, _blocks(turn.get("content"), f"messages.{number}.content"))
-    if all(message["role"] == "system" for message in messages):
-        raise ApiError(400, "messages: text content is required")
-    wanted = body.get("max_tokens")
+    if tools and target.dialect.hides_tools and target.own_tools:
+        system = _join((system, _tools_as_text(tools, target.dialect.calls)))
+    order = "" if target.forces_calls and not target.own_tools else _forced(body, tools)
+    shape = as_object(as_object(body.get("output_config")).get("format")) or as_object(body.get("output_format"))
+    schema = shape.get("schema") if shape.get("type") == "json_schema" else None
+    wanted, stops = body.get("max_tokens"), stop_sequences(body)
     request: Json = {
         "model": target.model,
-        "messages": messages,
-        "max_tokens": min(wanted, target.max_tokens) if type(wanted) is int and wanted > 0 else target.max_tokens,
+        "messages": _messages(body, target, system, order),
+        "max_tokens": max(1, min(wanted, target.max_tokens))
+        if type(wanted) is int and wanted >= 0
+        else target.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
         **target.sampling,
-        **{name: body[name] for name in ("temperature", "top_p", "top_k") if isinstance(body.get(name), (int, float))},
+        **_numbers_of(body),
+        **_tool_fields(body, target, tools),
+        **_thinking_fields(body, target.dialect, schema is not None),
+        **({"stop": stops} if stops else {}),
     }
-    tools = [_openai_tool(tool) for tool in _client_tools(body)]
-    if tools:
-        request["tools"] = tools
-        request["tool_choice"] = _tool_choice(body, target.own_tools)
-    stops = body.get("stop_sequences")
-    if isinstance(stops, list) and stops:
-        request["stop"] = stops
+    if isinstance(schema, dict):
+        request["response_format"] = {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
     return request
 
 
+def prompt_too_long(tokens: int, limit: int) -> ApiError:
+    """The one wording that makes the client compact the conversation and go on."""
+    return ApiError(400, f"prompt is too long: {max(tokens, limit + 1)} tokens > {limit} maximum")
+
+
+def fit_to_window(request: Json, tokens: int, doubt: float, window: int) -> Json:
+    """The request with max_tokens held to what the window still has behind a prompt of about `tokens`; `doubt`: the
+    part by which that may be too much. Raises ApiError for a prompt that surely does not fit."""
+    least = int(tokens * (1 - doubt))
+    if not window:
+        return request
+    if least >= window:
+        raise prompt_too_long(tokens, window)
+    return {**request, "max_tokens": min(request["max_tokens"], window - least)}
+
+
+ASCII_LETTERS, ASCII_DIGITS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", b"0123456789"
+NOT_PUNCTUATION = ASCII_LETTERS + ASCII_DIGITS + b" \t\r\n" + bytes(range(128, 256))
+# Tokens in a text, by what can be counted fast: letters, digits, words, punctuation, bytes that are not ASCII, lines.
+# Fitted to o200k, Llama 3 and Mistral on real requests with code, logs, prose and Chinese: within 5 % for the first.
+TOKEN_WEIGHTS = (0.13, 0.85, 0.53, 0.64, 0.32, 0.53)
+
+
 def estimate_tokens(request: Json) -> int:
-    """About how many tokens an OpenAI request is. English and JSON have 3 to 4 characters a token."""
-    counted = {"messages": request["messages"], "tools": request.get("tools", [])}
-    return max(1, int(len(json.dumps(counted, ensure_ascii=False)) / 3.5))
+    """About how many tokens the prompt of an OpenAI request has. Some 3 ms for 200 kB."""
+    texts = [json.dumps(tool, ensure_ascii=False) for tool in request.get("tools", [])]
+    for message in request["messages"]:
+        content = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+        texts += [str(part.get("text", "")) or "image " * 1000 for part in content]
+        texts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        texts.append("<|im_start|><|im_end|>\n")
+    text = "\n".join(texts)
+    data = text.encode("utf-8", "replace")
+    letters, digits, others = (
+        len(data) - len(data.translate(None, kind)) for kind in (ASCII_LETTERS, ASCII_DIGITS, NOT_PUNCTUATION)
+    )
+    counts: tuple[int, ...] = (
+        letters,
+        digits,
+        len(text.split()),
+        len(data) - others,
+        len(data) - len(text),
+        data.count(b"\n"),
+    )
+    return max(1, round(sum(count * weight for count, weight in zip(counts, TOKEN_WEIGHTS))))
+
+
+class TokenCount:
+    """Estimates, corrected by what the engine counted for earlier prompts. `pairs`: the latest (estimate, tokens).
+
+    A prompt mostly continues another one, so the nearest pair is taken, and only the difference is estimated: 1 % of
+    error in the mean over five kinds of content and three tokenizers, 5 % when the content changes entirely."""
+
+    KEPT = 32
+
+    def __init__(self, pairs: Iterable[Any] = ()) -> None:
+        self.pairs: list[tuple[int, int]] = [(pair[0], pair[1]) for pair in pairs if _is_pair(pair)][-self.KEPT :]
+
+    def corrected(self, estimate: int) -> int:
+        """The number of tokens to expect."""
+        if not self.pairs:
+            return estimate
+        ratio = sum(tokens for _, tokens in self.pairs) / sum(guess for guess, _ in self.pairs)
+        guess, tokens = min(self.pairs, key=lambda pair: abs(pair[0] - estimate))
+        if not 0.5 < guess / estimate < 2:
+            return max(1, round(ratio * estimate))
+        return max(1, round(tokens + ratio * (estimate - guess)))
+
+    @property
+    def doubt(self) -> float:
+        """The part by which an expectation may be too high."""
+        return 0.1 if self.pairs else 0.4
+
+    def learn(self, estimate: int, tokens: int) -> bool:
+        """The engine counted `tokens` -> whether that was news."""
+        if (estimate, tokens) in self.pairs or not estimate / 4 < tokens < estimate * 4:
+            return False
+        self.pairs = [pair for pair in self.pairs if pair[0] != estimate][1 - self.KEPT :] + [(estimate, tokens)]
+        return True
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int and number > 0 for number in value)
+
+
+def count_request(request: Json) -> Json:
+    """An OpenAI request back in Anthropic's form, without all that engines refuse: for those that count tokens so."""
+    system, messages = "", []
+    for message in request["messages"]:
+        content = message["content"]
+        text = content if isinstance(content, str) else content[0]["text"]
+        blocks: list[Json] = [{"type": "text", "text": text}] if text else []
+        if message["role"] == "system":
+            system = text
+            continue
+        if message["role"] == "tool":
+            blocks = [{"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": text}]
+        for call in message.get("tool_calls", ()):
+            arguments = json.loads(call["function"]["arguments"])
+            blocks.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": arguments})
+        messages.append({"role": "assistant" if message["role"] == "assistant" else "user", "content": blocks})
+    functions = (tool["function"] for tool in request.get("tools", ()))
+    keys = {"name": "name", "description": "description", "input_schema": "parameters"}
+    tools = [{new: function[old] for new, old in keys.items()} for function in functions]
+    return {"model": request["model"], "system": system, "messages": messages, "tools": tools}
 
 
 # === 6 Tool text ==============================================================================
 # Rule: pure. Text goes in as it is generated, in pieces cut anywhere; text, thinking and calls come out, the arguments
-# as they are generated. A format is one row of TOOL_FORMATS: its openers and the reader that begins there.
+# as they are generated. What a call looks like is said by the rows of TOOL_FORMATS alone.
 
 TextEvent = tuple[str, str]  # ("text", s), ("thinking", s), ("call", tool name) or ("arguments", a fragment of JSON)
 Reader = Generator[None, None, Any]  # a parser that yields when it needs more text
+Grown = tuple[re.Pattern[str], re.Pattern[str]]  # matches a whole thing, and all that can still become one
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _FENCE = re.compile(r"[ \t]*(```|~~~)")
 _PLAIN_JSON = re.compile(r"[^\"'\\\x00-\x1f]+|'")  # inside a string, up to what needs a look
 _WORDS = {"True": "true", "False": "false", "None": "null"}
+_IS_JSON_WORD = re.compile(r"true|false|null|-?\d+(\.\d+)?([eE][+-]?\d+)?").fullmatch
 
 
 class JsonRepair:
     """One JSON value as a stream: what is correct passes through, what has exactly one sensible reading is corrected
-    (trailing comma, single quotes, raw newline or invalid escape in a string, Python's words), the rest passes as it is.
+    (trailing comma, single quotes, bare key, raw newline or invalid escape in a string, Python's words), the rest passes
+    as it is. `quote`: what stands around strings in place of the JSON quote, and what they contain is then no JSON.
 
     `done`: the value is complete; `stopped`: it was ended by "<", which no JSON has outside a string."""
 
-    def __init__(self) -> None:
+    def __init__(self, quote: str = "") -> None:
         self.done = self.stopped = False
+        self._own_quote = quote
         self._stack: list[str] = []
         self._quote = ""
         self._escaped = False
@@ -1299,11 +1917,14 @@ class JsonRepair:
         self._word = ""
 
     def feed(self, text: str) -> tuple[int, str]:
-        """-> (characters used, JSON to hand on)."""
+        """-> (characters used, JSON to hand on). What is not used must come again, with more behind it."""
         out: list[str] = []
-        at = 0
+        at = before = 0
         while at < len(text) and not (self.done or self.stopped):
             at = self._in_string(text, at, out) if self._quote else self._outside(text, at, out)
+            if at == before:
+                break
+            before = at
         return at, "".join(out)
 
     def close(self) -> str:
@@ -1311,14 +1932,16 @@ class JsonRepair:
         if self._quote:
             return ""
         out: list[str] = []
-        self._end_word(out)
+        self._end_word(out, "")
         closers = "".join("}" if bracket == "{" else "]" for bracket in reversed(self._stack))
         self._stack, self._held, self.done = [], "", True
         return "".join(out) + closers
 
-    def _end_word(self, out: list[str]) -> None:
+    def _end_word(self, out: list[str], following: str) -> None:
         if self._word:
-            out.append(_WORDS.get(self._word, self._word))
+            word = _WORDS.get(self._word, self._word)
+            bare = self._own_quote and not _IS_JSON_WORD(word)
+            out.append(json.dumps(word) if bare or following == ":" else word)
             self._word = ""
             self.done = not self._stack
 
@@ -1329,10 +1952,13 @@ class JsonRepair:
             self._held = ""
             self._word += char
             return at + 1
-        self._end_word(out)
+        self._end_word(out, char)
         if self.done:
             return at
-        if char == "<":
+        opens = self._own_quote and self._own_quote.startswith(text[at : at + len(self._own_quote)])
+        if opens and len(text) - at < len(self._own_quote):
+            return at  # perhaps a quote: more text will tell
+        if char == "<" and not opens:
             self.stopped = True
             return at
         if char == "," or (self._held and char.isspace()):
@@ -1342,6 +1968,10 @@ class JsonRepair:
             self._held = ""
         out.append(self._held)
         self._held = ""
+        if opens:
+            self._quote = self._own_quote
+            out.append('"')
+            return at + len(self._quote)
         if char in "\"'":
             self._quote, char = char, '"'
         elif char in "{[":
@@ -1354,6 +1984,8 @@ class JsonRepair:
 
     def _in_string(self, text: str, at: int, out: list[str]) -> int:
         char = text[at]
+        if len(self._quote) > 1:
+            return self._in_raw_string(text, at, out)
         if self._escaped:
             self._escaped = False
             out.append(
@@ -1376,52 +2008,189 @@ class JsonRepair:
             return plain_text.end()
         return at + 1
 
+    def _in_raw_string(self, text: str, at: int, out: list[str]) -> int:
+        """Up to the quote, which nothing in the string can escape."""
+        find, partial = _finder((self._quote,))
+        end = find.search(text, at) or partial.search(text, at)
+        out.append(_json_text(text[at : end.start() if end else len(text)]))
+        if end is None or end[0] != self._quote:
+            return end.start() if end else len(text)
+        self._quote = ""
+        self.done = not self._stack
+        out.append('"')
+        return end.end()
+
 
 def _json_text(text: str) -> str:
     """`text` as the inside of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _partial(text: str, words: Iterable[str]) -> int:
-    """How many characters at the end of `text` could be the beginning of one of `words`."""
-    longest = 0
-    for word in words:
-        start = max(0, len(text) - len(word) + 1)
-        while (start := text.find(word[0], start)) >= 0:
-            if word.startswith(text[start:]):
-                longest = max(longest, len(text) - start)
-                break
-            start += 1
-    return longest
+def _types(schema: Any, root: Json, depth: int = 0) -> set[str]:
+    """The JSON types that a schema allows; empty if it does not say."""
+    schema = as_object(schema)
+    named = schema.get("type", [])
+    types = {named} if isinstance(named, str) else {name for name in as_list(named) if isinstance(name, str)}
+    values = [*as_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
+    types |= {"string" if isinstance(value, str) else "other" for value in (values if not types else [])}
+    inner = [part for key in ("anyOf", "oneOf", "allOf") for part in as_list(schema.get(key))]
+    reference = str(schema.get("$ref", ""))
+    if reference.startswith("#/"):
+        target: Any = root
+        for step in reference[2:].split("/"):
+            target = as_object(target).get(step)
+        inner.append(target)
+    return types.union(*(_types(part, root, depth + 1) for part in inner)) if depth < 8 else types
 
 
-def _coerce(value: str, schema: Any) -> str | None:
-    """A parameter in XML as JSON by its schema; None if it is a string, which can be handed on unread."""
-    types = as_object(schema).get("type", "string")
-    types = types if isinstance(types, list) else [types]
-    if "string" in types:
-        return None
+def _coerce(value: str) -> str:
+    """A parameter's text as the JSON that it is; what is none stays a string: the client tells the model what it
+    should have been."""
     text = _WORDS.get(value.strip(), value.strip())
     try:
         return json.dumps(json.loads(text), ensure_ascii=False)
-    except ValueError:
-        return json.dumps(value, ensure_ascii=False)  # the client tells the model what it should have been
+    except (ValueError, RecursionError):
+        return json.dumps(value, ensure_ascii=False)
+
+
+# How thinking is written: its opener and its closer. Source: the chat templates of Qwen3, DeepSeek-R1 and GLM-4.5 (the
+# first), Magistral, Seed-OSS, gpt-oss (harmony), Gemma 4, Kimi.
+THINKING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("◁think▷", "◁/think▷"),
+)
+# What also ends thinking, because it is one token and never meant: Kimi-K2 and DeepSeek forget to close.
+CALLS_BEGIN = ("<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>")
+# Special tokens that engines let through, and never part of an answer. Longer ones first.
+_LEAKS = """
+    <|im_start|>assistant <|im_start|> <|im_end|> <|endoftext|> <|eot_id|> <|eom_id|> <|end_of_text|>
+    <|start_header_id|>assistant<|end_header_id|> <end_of_turn> <start_of_turn>model <turn|> <|turn>model
+    <|tool_response> <｜end▁of▁sentence｜> <|startoftext|> <|begin_of_text|> <|start|>assistant<|channel|>final<|message|>
+    <|start|>assistant<|channel|>commentary<|message|> <|channel|>final<|message|> <|channel|>commentary<|message|>
+    <|return|> <|call|> <|end|> <|user|> <|assistant|> <|observation|> <|END_OF_TURN_TOKEN|> <|eot|> [e~[ <|endofturn|>
+    <eos> </s>"""
+LEAKS = (*_LEAKS.split(), *(closer for _, closer in THINKING))
+END_TOKENS = ("</s>", "<eos>")  # these could also be meant: they count only at the end of a reply
+
+
+# What a row of TOOL_FORMATS consists of: a {field}, what may be missing (in parentheses), white space, a literal.
+_ATOM = re.compile(r"\{(?P<field>\w+)\}|\(\??(?P<option>[^()]*)\)|(?P<space>\s+)|(?P<literal>[^{}()\s]+)")
+_FIELDS = {
+    "name": r"(?P<name>[\w.-]*)",
+    "key": r"(?P<key>[^<>\"\n]*)",
+    "number": r"\d*",
+    "id": r"[\w-]*",
+    "text": r"\w*",
+}
+
+
+def _prefixes(word: str) -> str:
+    """A regular expression for every beginning of `word` that is not the whole."""
+    return "".join(f"(?:{re.escape(char)}" for char in word[:-1]) + ")?" * (len(word) - 1)
+
+
+def _grown(pattern: str, followers: Sequence[str] = ()) -> Grown:
+    """The regular expressions of (a part of) a row; `followers`: literals, one of which must come next."""
+    whole, partial = _expressions(pattern)
+    if followers:
+        whole += r"\s*(?=" + "|".join(map(re.escape, followers)) + ")"
+        partial += r"\s*(?:" + "|".join(map(_prefixes, followers)) + r")\Z"
+    return re.compile(whole), re.compile(partial)
+
+
+def _expressions(pattern: str) -> tuple[str, str]:
+    whole = partial = ""
+    for atom in _ATOM.finditer(pattern):
+        if atom["field"]:
+            more = _FIELDS[atom["field"]]
+            whole, partial = whole + more, partial + more
+        elif atom["option"]:
+            inner_whole, inner_partial = _expressions(atom["option"])
+            whole, partial = f"{whole}(?:{inner_whole})?", f"{partial}(?:{inner_partial})?"
+        elif atom["space"]:
+            whole, partial = whole + r"\s*", partial + r"\s*"
+        else:
+            literal = re.escape(atom["literal"])
+            whole, partial = whole + literal, f"{partial}(?:{literal}|{_prefixes(atom['literal'])}\\Z)"
+    return whole, partial
+
+
+def _literals(pattern: str) -> tuple[str, ...]:
+    """The literals in (a part of) a row, those that may be missing included."""
+    return tuple(atom["literal"] for atom in _ATOM.finditer(re.sub(r"\(\??|\)", " ", pattern)) if atom["literal"])
+
+
+@functools.cache
+def _finder(words: tuple[str, ...]) -> Grown:
+    """-> (finds the first of `words`, finds what could become one at the end of a text)."""
+    longest_first = sorted(words, key=len, reverse=True)
+    find = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    starts = "|".join(f"{re.escape(word[0])}{_prefixes(word[1:])}" if word[1:] else "(?!)" for word in longest_first)
+    return find, re.compile(rf"(?:{starts or '(?!)'})\Z")
+
+
+class _Shape:
+    """A row of TOOL_FORMATS as it is read. `head`: up to the arguments; `body`: what they are; `tail`: the literals behind
+    them, any of which may be missing; `openers`: what begins it anywhere; `bare_starts`: first characters of a call without
+    opener, which is only looked for before any text."""
+
+    def __init__(self, row: ToolFormat) -> None:
+        call = (f"({row.before}) " if row.before else "") + row.call + (f" ({row.after})" if row.after else "")
+        head, self.body, tail = re.split(r"\{(arguments|json|parameters)\}", call)
+        self.tail, self.quote = _literals(tail), row.quote
+        followers: tuple[str, ...] = ("{",)
+        if self.body == "parameters":
+            before, value_end = row.parameter.split("{value}")
+            self.starts, self.end = _literals(before)[0], _literals(value_end)[0]
+            self.parameter = _grown(before.rstrip("\n"))
+            self.own_line = before.endswith("\n")
+            followers = (self.starts, self.tail[0])
+        self.head = _grown(head + " ", followers)
+        openers: list[str] = []
+        first = "{"
+        for atom in _ATOM.finditer(head):
+            openers += _literals(atom["option"] or "")[:1]
+            if atom["literal"]:
+                first = atom["literal"]
+                break
+        bare = first[0].isalpha() or first == "{"  # nothing tells it from text but that it comes first
+        self.bare_starts = {first[0], *(openers if first == "{" else ())} if bare else set()
+        self.openers = () if first == "{" else tuple(openers) if bare else (*openers, first)
+
+
+@functools.cache
+def _shapes(first: str) -> tuple[_Shape, ...]:
+    """The rows of TOOL_FORMATS, that of the model's own template in front."""
+    return tuple(_Shape(row) for row in sorted(TOOL_FORMATS, key=lambda row: row.name != first))
 
 
 class ToolText:
-    """The text of one reply, parsed as it comes. `tools`: name -> input schema; only these names start a call.
+    """The text of one reply, parsed as it comes. `tools`: name -> input schema; only these names start a call. `first`:
+    the row of TOOL_FORMATS to try first; `thinks`: the prompt ended with the opener of a thinking block (until the first
+    text came it may be taken back).
 
     The parser is one generator over a growing buffer: each step either has what it needs or yields for more, so
     where the stream was cut makes no difference. A reader looks ahead from `_at` and takes nothing away before it
     knows that a call begins; until then it may return False, and what it saw stays text."""
 
-    def __init__(self, tools: Mapping[str, Json]) -> None:
-        self._tools = tools
-        self._openers = tuple({opener: None for row in TOOL_FORMATS for opener in row.openers}) if tools else ()
+    def __init__(self, tools: Mapping[str, Json], first: str = "", thinks: bool = False) -> None:
+        self._tools, self.thinks = tools, thinks
+        self._shapes = _shapes(first) if tools else ()
+        openers = (opener for shape in self._shapes for opener in shape.openers)
+        self._bare_starts = {start for shape in self._shapes for start in shape.bare_starts}
+        self._stops = tuple(sorted({*openers, *(opener for opener, _ in THINKING), *LEAKS}))
         self._buffer, self._at = "", 0
         self._final = self._natural = False
+        self._undecided = False  # the end came while a reader waited for more
+        self._fresh = True  # no text since the beginning, the last call or the last thinking
         self._said: list[str] = []  # since `_in_code` was last asked
-        self._fenced = False
+        self._line, self._ticks = "", 0  # the line that is being said: how it begins, its backticks
+        self._fenced = self._spanned = False
+        self._shown: set[str] = set()  # closers of thinking whose opener was shown as text
         self._events: list[TextEvent] = []
         self._parser = self._run()
         next(self._parser)
@@ -1443,43 +2212,65 @@ class ToolText:
 
     def _run(self) -> Reader:
         yield
-        yield from self._read_thinking()
-        while opener := (yield from self._flow(self._say, self._openers)):
-            if not (yield from self._read_call(opener)):
-                self._say(self._buffer[:1])
-                self._buffer = self._buffer[1:]
+        if self.thinks:
+            yield from self._think_from_the_start()
+        while True:
+            bare = self._fresh and (yield from self._space()) in self._bare_starts
+            self._say(self._take(self._at))
+            if not bare and not (yield from self._flow(self._say, self._stops)):
+                return
+            self._undecided = False
+            if not (yield from self._read_markup()):
+                cut = self._undecided and not self._natural and not bare
+                text = self._take(len(self._buffer) if cut else 1)
+                self._say("" if cut else text)  # half a call's opening is nothing to show
 
     def _say(self, text: str) -> None:
-        self._said.append(text)
-        self._events.append(("text", text))
+        if text:
+            self._fresh = self._fresh and text.isspace()
+            self._said.append(text)
+            self._events.append(("text", text))
 
-    def _read_call(self, opener: str) -> Reader:
-        """Whether a call begins here (then it has been read). Not in code, where people write about calls."""
-        for row in TOOL_FORMATS if not self._in_code() else ():
-            self._at = 0
-            if opener in row.openers and (yield from row.read(self)):
+    def _take(self, count: int) -> str:
+        """Take `count` characters off the buffer."""
+        text, self._buffer, self._at = self._buffer[:count], self._buffer[count:], 0
+        return text
+
+    def _read_markup(self) -> Reader:
+        """Whether a call, thinking or a leaked token begins here; then it was read. In code only a token that ends the
+        reply: there people write about calls."""
+        in_code = self._in_code()
+        for reader in (self._read_call, self._read_thinking) if not in_code else ():
+            if (yield from reader()):
+                self._fresh = True
                 return True
-        self._at = 0
-        return False
+        return (yield from self._pass_leak(in_code))
 
     def _in_code(self) -> bool:
-        """Whether what was said so far ends in a code block or behind a backtick."""
-        *lines, last = "".join(self._said).split("\n")
+        """Whether what was said so far ends in a code block, or in the code behind a backtick."""
+        text = "".join(self._said)
+        self._said.clear()
+        *lines, last = (self._line + text).split("\n")
         self._fenced ^= sum(_FENCE.match(line) is not None for line in lines) % 2 == 1
-        self._said = [last[:99] + last[99:][-1:]]  # its beginning and its end are all that will be asked for
-        return last.endswith("`") or self._fenced != (_FENCE.match(last) is not None)
+        self._line = last[:99]  # enough to see a fence
+        self._ticks = text.rpartition("\n")[2].count("`") + (0 if lines else self._ticks)
+        self._spanned = "`" not in text if self._spanned else self._ticks % 2 == 1 and text.endswith("`")
+        return self._spanned or self._fenced != (_FENCE.match(last) is not None)
 
     # Small steps. Each looks at the buffer from `_at`, and yields when that is not enough to decide.
 
-    def _flow(self, emit: Callable[[str], None], stops: Sequence[str]) -> Reader:
+    def _flow(self, emit: Callable[[str], None], stops: tuple[str, ...]) -> Reader:
         """Hand text on as it comes until one of `stops` -> that one, which is left in the buffer; "" at the end."""
-        find = re.compile("|".join(map(re.escape, stops)) or r"(?!)")
+        find, partial = _finder(stops)
         while True:
             stop = find.search(self._buffer)
-            count = stop.start() if stop else len(self._buffer) - (not self._final and _partial(self._buffer, stops))
+            whole = self._final and (
+                self._natural or emit == self._say
+            )  # a call that is cut off ends before its closer
+            held = stop or (None if whole else partial.search(self._buffer))
+            count = held.start() if held else len(self._buffer)
             if count:
-                emit(self._buffer[:count])
-                self._buffer, self._at = self._buffer[count:], 0
+                emit(self._take(count))
             if stop or self._final:
                 return stop[0] if stop else ""
             yield
@@ -1492,6 +2283,7 @@ class ToolText:
                     return self._buffer[self._at]
                 self._at += 1
             if self._final:
+                self._undecided = True
                 return ""
             yield
 
@@ -1506,57 +2298,155 @@ class ToolText:
                 return False
             yield
 
-    def _name_until(self, stop: str, names: Collection[str]) -> Reader:
-        """The word up to `stop`, which is passed; None as soon as it can be none of `names` (if there are any)."""
+    def _match(self, grown: Grown, names: Collection[str] = ()) -> Reader:
+        """The match of what comes next, which is passed; None as soon as it cannot be, or names none of `names`."""
+        whole, partial = grown
         while True:
-            name, found, _ = self._buffer[self._at :].partition(stop)
-            if found:
-                self._at += len(name) + len(stop)
-                return name if name in names or not names else None
-            if self._final or (names and not any(known.startswith(name) for known in names)):
+            found = whole.match(self._buffer, self._at)
+            if found and (not names or found["name"] in names):
+                self._at = found.end()
+                return found
+            part = partial.fullmatch(self._buffer, self._at)
+            if part and names and not any(known.startswith(part["name"] or "") for known in names):
+                part = None
+            if self._final or not part:
+                self._undecided |= part is not None
                 return None
             yield
 
-    def _value(self) -> Reader:
-        """One JSON value whole, repaired."""
-        repair, parts = JsonRepair(), []
+    def _name_until(self, stop: str, names: Collection[str]) -> Reader:
+        """The word up to `stop`, which is passed; None as soon as it can be none of `names`."""
         while True:
-            used, part = repair.feed(self._buffer[self._at :])
+            name, found, _ = self._buffer[self._at :].partition(stop)
+            if found and name in names:
+                self._at += len(name) + len(stop)
+                return name
+            possible = not found and any(known.startswith(name) for known in names)
+            if self._final or not possible:
+                self._undecided |= possible
+                return None
+            yield
+
+    def _value(self, repair: JsonRepair, emit: Callable[[str], None]) -> Reader:
+        """Read on to the end of a JSON value, handing it on as it comes."""
+        while True:
+            used, fragment = repair.feed(self._buffer[self._at :])
             self._at += used
-            parts.append(part)
+            if fragment:
+                emit(fragment)
             if repair.done or repair.stopped or self._final:
-                return "".join(parts)
+                return
             yield
 
     def _begin(self, name: str) -> None:
         """A call begins: what was looked at is used up."""
         self._events.append(("call", name))
-        self._drop()
-
-    def _drop(self) -> None:
-        self._buffer, self._at = self._buffer[self._at :], 0
+        self._take(self._at)
 
     def _argue(self, fragment: str) -> None:
         if fragment:
             self._events.append(("arguments", fragment))
 
+    def _think(self, text: str) -> None:
+        self._events.append(("thinking", text))
+
     # Readers.
 
-    def _read_thinking(self) -> Reader:
-        """`<think>...</think>` at the very beginning of a reply."""
+    def _think_from_the_start(self) -> Reader:
+        """Thinking whose opener was the end of the prompt. A model that never closes it has answered without
+        thinking: what it said is then its answer."""
+        (opener, closer), said = THINKING[0], []
         yield from self._space()
-        if not (yield from self._literal("<think>")):
+        if not (yield from self._literal(opener)):
             self._at = 0
-            return
-        self._drop()
-        end = yield from self._flow(lambda text: self._events.append(("thinking", text)), ("</think>",))
-        self._buffer = self._buffer[len(end) :]
+        self._take(self._at)
 
-    def _read_json_call(self) -> Reader:
-        """`<tool_call>{"name": N, "arguments": {...}}</tool_call>`, the keys in either order."""
-        yield from self._literal("<tool_call>")
-        if (yield from self._space()) != "{":
-            return False
+        def think(text: str) -> None:
+            said.append(text)
+            self._think(text)
+
+        end = yield from self._flow(think, (closer, *CALLS_BEGIN))
+        if end:
+            self._take(len(end) if end == closer else 0)
+        elif self._natural:
+            self._say("".join(said).strip())
+
+    def _read_thinking(self) -> Reader:
+        for opener, closer in THINKING:
+            self._at = 0
+            if (yield from self._literal(opener)):
+                if not (self._fresh or "|" in opener):
+                    self._shown.add(closer)
+                    return False
+                self._take(self._at)
+                end = yield from self._flow(self._think, (closer, *CALLS_BEGIN))
+                self._take(len(end) if end == closer else 0)
+                return True
+        return False
+
+    def _pass_leak(self, only_at_the_end: bool) -> Reader:
+        """A special token that the engine should have kept, or the closer of a thinking block that was never opened."""
+        undecided = self._undecided
+        for token in LEAKS:
+            self._at = 0
+            if token in self._shown or not (yield from self._literal(token)):
+                continue
+            end = self._at
+            at_the_end = not (yield from self._space()) if only_at_the_end or token in END_TOKENS else True
+            if at_the_end:
+                self._take(end)
+                return True
+        self._undecided = undecided
+        return False
+
+    def _read_call(self) -> Reader:
+        for shape in self._shapes:
+            self._at = 0
+            if not shape.openers and not self._fresh:
+                continue
+            found = yield from self._match(shape.head, self._tools if shape.body != "json" else ())
+            if not found:
+                continue
+            if shape.body == "json":
+                called = yield from self._read_objects(bare=not shape.openers)
+            else:
+                self._begin(found["name"])
+                called = True
+                if shape.body == "arguments":
+                    yield from self._read_arguments("{", shape.quote)
+                elif not (yield from self._read_parameters(shape, as_object(self._tools[found["name"]]))):
+                    self._take(len(self._buffer))  # it was cut off
+            if called:
+                yield from self._pass_tail(shape.tail)
+                return True
+        return False
+
+    def _pass_tail(self, tail: Sequence[str]) -> Reader:
+        """Pass what stands behind a call, whatever of it is there."""
+        end = self._at
+        for literal in tail:
+            self._at = end
+            yield from self._space()
+            if (yield from self._literal(literal)):
+                end = self._at
+        rest = self._buffer[end:].strip()
+        cut = self._final and rest and any(literal.startswith(rest) for literal in tail)
+        self._take(len(self._buffer) if cut else end)
+
+    def _read_objects(self, bare: bool) -> Reader:
+        """Objects with a tool's name and arguments, one after the other -> whether there was one."""
+        called = False
+        while (yield from self._space()) == "{" and (yield from self._read_object(bare)):
+            called, end = True, self._at
+            while (char := (yield from self._space())) and char in ("," if bare else "}],"):
+                self._at += 1
+                end = self._at
+            self._take(end)
+        self._at = 0
+        return called
+
+    def _read_object(self, bare: bool) -> Reader:
+        """`{"name": N, "arguments": {...}}`, the keys in either order."""
         self._at += 1
         name = early = key = ""
         while not (name and early):
@@ -1581,116 +2471,96 @@ class ToolText:
                     return False
             elif key in ("arguments", "parameters") and name:
                 self._begin(name)
-                yield from self._stream_arguments(first)
-                yield from self._pass_json_end()
+                yield from self._read_arguments(first)
+                yield from self._end_object()
                 return True
-            else:
-                value = yield from self._value()
-                early = value if key in ("arguments", "parameters") else early
+            elif bare and not (key == "type" and (yield from self._literal('"function"'))):
+                return False  # some JSON, not to be held back
+            elif not (bare and key == "type"):
+                parts: list[str] = []
+                yield from self._value(JsonRepair(), parts.append)
+                early = "".join(parts) if key in ("arguments", "parameters") else early
         self._begin(name)
         self._argue(_object_text(early))
-        yield from self._pass_json_end()
+        yield from self._end_object()
         return True
 
-    def _stream_arguments(self, first: str) -> Reader:
+    def _read_arguments(self, first: str, quote: str = "") -> Reader:
         """The arguments' value, handed on as it comes; an object written as a JSON string is unpacked when whole."""
+        repair = JsonRepair(quote)
+        parts: list[str] = []
         if first != "{":
-            self._argue(_object_text((yield from self._value())) if first else "{")  # "{": cut off, and not to be run
+            yield from self._value(repair, parts.append)
+            self._argue(_object_text("".join(parts)) if first else "{")  # "{": cut off, and not to be run
             return
-        repair = JsonRepair()
-        while True:
-            used, fragment = repair.feed(self._buffer[self._at :])
-            self._at += used
-            self._drop()
-            self._argue(fragment)
-            if repair.done:
-                return
-            if repair.stopped or self._final:
-                if repair.stopped or self._natural:
-                    self._argue(repair.close())
-                return
-            yield
+        yield from self._value(repair, self._argue)
+        if repair.stopped or (self._natural and not repair.done):
+            self._argue(repair.close())
+        self._take(self._at)
 
-    def _pass_json_end(self) -> Reader:
-        """Pass what may stand between the arguments and the closing tag, and the tag."""
-        while (char := (yield from self._space())) and char in "}]:,\"'":
-            if char in "\"'":
-                yield from self._value()
-            else:
-                self._at += 1
-        yield from self._literal("</tool_call>")
-        self._drop()
+    def _end_object(self) -> Reader:
+        """Pass what stands between the arguments and the end of the object around them."""
+        rest = JsonRepair()
+        rest.feed('{"": 0')
+        yield from self._value(rest, lambda fragment: None)
 
-    def _read_xml_call(self) -> Reader:
-        """`<function=N><parameter=K>V</parameter>...</function>`, in `<tool_call>` or, as Qwen3-Coder often does, without it."""
-        tagged = yield from self._literal("<tool_call>")
-        yield from self._space()
-        if not (yield from self._literal("<function=")):
-            return False
-        name = yield from self._name_until(">", self._tools)
-        if not name:
-            return False
-        behind = self._at
-        yield from self._space()
-        parameter = yield from self._literal("<parameter=")
-        if not parameter and not (yield from self._literal("</function>")) and not (tagged and self._final):
-            return False  # prose
-        self._at = behind
-        self._begin(name)
-        properties = as_object(self._tools[name].get("properties"))
-        before = "{"
+    def _read_parameters(self, shape: _Shape, schema: Json) -> Reader:
+        """One parameter after the other -> whether the call came to its end."""
+        properties, before = as_object(schema.get("properties")), "{"
         while True:
             yield from self._space()
-            if not (yield from self._literal("<parameter=")):
+            found = yield from self._match(shape.parameter)
+            if not found:
                 break
-            key = yield from self._name_until(">", ())
-            if key is None:
-                break
+            key = found["key"]
             self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
             before = ", "
-            self._drop()
-            if not (yield from self._xml_value(properties.get(key))):
-                return True
-        complete = (yield from self._literal("</function>")) or not self._final or self._natural
-        self._argue(("{" if before == "{" else "") + ("}" if complete else ""))
-        yield from self._space()
-        yield from self._literal("</tool_call>")
-        self._drop()
+            self._take(self._at)
+            if not (yield from self._read_value(shape, _types(properties.get(key), schema))):
+                return False
+        if not (yield from self._literal(shape.tail[0])) and self._final and not self._natural:
+            return False
+        self._argue("{}" if before == "{" else "}")
         return True
 
-    def _xml_value(self, schema: Any) -> Reader:
+    def _read_value(self, shape: _Shape, types: Collection[str]) -> Reader:
         """One parameter's value up to its end -> whether it has one. A string is handed on as it comes.
 
-        `</parameter>` ends it only where the next parameter or the call's end follows: code may contain the tag.
-        `</function></tool_call>` ends it too: the tag in front is sometimes forgotten."""
-        streamed = _coerce("", schema) is None
+        Its closer ends it only where the next parameter or the call's end follows: code may contain the tag. The two
+        closers of the call end it too: that of the value is sometimes forgotten."""
+        streamed = not types or "string" in types
         parts: list[str] = []
         take = (lambda text: self._argue(_json_text(text))) if streamed else parts.append
         if streamed:
             self._argue('"')
-        if (yield from self._literal("\n")):
-            self._drop()
-        while stop := (yield from self._flow(take, ("\n</parameter>", "</parameter>", "\n</function>", "</function>"))):
-            if (yield from self._ends_value(stop)):
+        if shape.own_line and (yield from self._literal("\n")):
+            self._take(self._at)
+        ends = (shape.end, shape.tail[0])
+        stops = tuple(("\n" if shape.own_line else "") + end for end in ends) + ends
+        while stop := (yield from self._flow(take, stops)):
+            ends = yield from self._ends_value(shape, stop)
+            if ends or (self._undecided and not self._natural):
                 break
-            take(stop)
-            self._buffer = self._buffer[len(stop) :]
-        if not stop and not self._natural:
+            take(self._take(len(stop)))
+        if self._final and not self._natural and not (stop and ends):
             return False
-        self._drop()
-        self._argue('"' if streamed else str(_coerce("".join(parts), schema)))
+        self._take(self._at)
+        self._argue('"' if streamed else _coerce("".join(parts)))
         return True
 
-    def _ends_value(self, stop: str) -> Reader:
+    def _ends_value(self, shape: _Shape, stop: str) -> Reader:
         """Whether the tag at the beginning of the buffer really ends a value; `_at` is then where the call goes on."""
         self._at = len(stop)
-        followers = ("</tool_call>",) if "function" in stop else ("<parameter=", "</function>", "</tool_call>")
+        own = stop.endswith(shape.end)
         char = yield from self._space()
         behind = self._at
         ends = not char and self._natural
+        followers = (shape.starts, *shape.tail) if own else shape.tail[1:]
         for follower in followers:
             ends = ends or (yield from self._literal(follower))
-        self._at = 0 if "function" in stop and ends else behind
+        rest = self._buffer[behind:]
+        self._undecided = self._final and not ends and any(follower.startswith(rest) for follower in followers)
+        self._at = behind if own or not ends else 0
         return ends
 
 
@@ -1705,64 +2575,92 @@ def _object_text(value: str) -> str:
     return value
 
 
-@dataclass(frozen=True)
-class ToolFormat:
-    """One way in which models write calls. `openers`: what a call can begin with; `read`: the reader to try there."""
-
-    name: str
-    openers: tuple[str, ...]
-    read: Callable[[ToolText], Reader]
-
-
-TOOL_FORMATS = (
-    # Source: the chat templates of Qwen2.5, Qwen3 and Hermes 2 Pro
-    ToolFormat("hermes", ("<tool_call>",), ToolText._read_json_call),
-    # Source: the chat template of Qwen3-Coder; its opener is often missing (llama.cpp#16755)
-    ToolFormat("qwen3-coder", ("<tool_call>", "<function="), ToolText._read_xml_call),
-)
-
-
 # === 7 Reply ==================================================================================
 # Rule: pure. OpenAI chunks in, Anthropic events out, in the one legal order: message_start, then blocks that are opened,
 # filled and closed one after the other, then message_delta and message_stop; or an error, after which nothing comes.
 
 Event = Json  # as in the data line of the client's stream; its "type" is the event's name
 
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-# How engines say that a prompt is too long -> the limit in tokens. Source: mistralrs-core at v0.6.0 to v0.9.2,
-# vllm/entrypoints (the last two).
+STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+# How engines say that a prompt is too long: `limit` and, where it is told, `prompt` in tokens; with `output` it is the sum
+# that is. Source: mistralrs-core at v0.6.0 to v0.9.2; vLLM 0.9 to 0.33; llama.cpp's server; SGLang 0.5; LM Studio, TGI,
+# OpenAI and Ollama as quoted in their issues.
 OVERFLOWS = (
     r"Prompt sequence length is greater than (?P<limit>\d+)",
     r"exceeds the total KV cache capacity of (?P<limit>\d+)",
-    r"maximum context length (?:is|of) (?P<limit>\d+) tokens",
-    r"maximum model length of (?P<limit>\d+)",
+    r"too long and exceeds KV cache size",
+    r"context length is (?P<limit>\d+) tokens.{0,40}requested \d+ tokens \((?P<prompt>\d+) in .{0,20}?, (?P<output>\d+) in",
+    r"context length is (?P<limit>\d+) tokens.{0,40}requested (?P<output>\d+) output tokens and your prompt contains (?:at least )?(?P<prompt>\d+) input",
+    r"too large: (?P<output>\d+)\. This model's maximum context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+)",
+    r"maximum context length of (?P<limit>\d+) tokens\..{0,60}: (?P<prompt>\d+) tokens from the input.{0,20} and (?P<output>\d+) tokens",
+    r"(?P<prompt>\d+) (?:prompt|`inputs` tokens) (?:\+|and) (?P<output>\d+).{0,60}?(?:MAX_KV_SIZE is (?P<limit>\d+))",
+    r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs` tokens and (?P<output>\d+)",
+    r"must have less than (?P<limit>\d+) tokens\. Given: (?P<prompt>\d+)",
+    r"context length is (?P<limit>\d+) tokens.{0,50}?(?:has|contains|resulted in|requested)(?: about| at least)? (?P<prompt>\d+) (?:input )?tokens",
+    r"context length is (?P<limit>\d+) tokens",
+    r"[Ii]nput length \(?(?P<prompt>\d+)(?: tokens)?\)? exceeds .{0,40}?length \(?(?P<limit>\d+)",
+    r"\(length (?P<prompt>\d+)\).{0,90}?maximum model length of (?P<limit>\d+)",
+    r"\(total length (?P<prompt>\d+)\).{0,60}?context length (?P<limit>\d+)",
+    r"input \((?P<prompt>\d+) tokens\) is (?:longer|larger) than .{0,40}?\((?P<limit>\d+) tokens\)",
+    r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
+    r"exceeds the available context size",
+    r"n_keep: (?P<prompt>\d+) *>= n_ctx: (?P<limit>\d+)",
+    r"n_keep \((?P<prompt>\d+)\) >= n_ctx \((?P<limit>\d+)\)",
+    r"first (?P<prompt>\d+) tokens when context the overflows.{0,60}?length of only (?P<limit>\d+)",
+    r"Requested tokens \((?P<prompt>\d+)\) exceed context window of (?P<limit>\d+)",
+    r"configured limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+)",
+    r"[Cc]ontext size has been exceeded|exceeds the context window|longer than the context length|context_length_exceeded",
 )
 
 
 class EventStream:
-    """Server-sent events from bytes cut anywhere -> the text of each `data:` line. Comments and other fields are passed over."""
+    """Server-sent events from bytes cut anywhere -> the text of each `data:` line (and of `error:`, as some builds of
+    llama.cpp send it). Comments and other fields are passed over."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._parts: list[bytes] = []  # of a line that is not whole
 
     def feed(self, data: bytes) -> list[str]:
         """More bytes -> the payloads that are now whole."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [line[5:].strip().decode("utf-8", "replace") for line in lines if line.startswith(b"data:")]
+        if b"\n" not in data:
+            self._parts.append(data)
+            return []
+        *lines, rest = b"".join((*self._parts, data)).split(b"\n")
+        self._parts = [rest]
+        fields = (line.partition(b":") for line in lines if line.startswith((b"data:", b"error:")))
+        return [value.strip().decode("utf-8", "replace") for _, _, value in fields if value.strip()]
 
 
-def engine_error(status: int, text: str, prompt_tokens: int) -> ApiError:
+def _error_text(value: Any) -> str:
+    """The message in an error, which servers wrap in different ways."""
+    for key in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(key):
+            return _error_text(value[key])
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) if value else ""
+
+
+def engine_error(status: int, text: str, prompt_tokens: int, window: int = 0) -> ApiError:
     """An engine's error (JSON or plain text) in the client's words. An overflow makes the client compact and go on."""
     with contextlib.suppress(ValueError, RecursionError):
-        content = as_object(json.loads(text))
-        inner = content.get("error", content)
-        text = str(as_object(inner).get("message") or (inner if inner is not content else text))
+        text = _error_text(json.loads(text)) or text
     for pattern in OVERFLOWS:
-        found = re.search(pattern, text)
+        found = re.search(pattern, text, re.DOTALL)
         if found:
-            limit = int(found["limit"])
-            return ApiError(400, f"prompt is too long: {max(prompt_tokens, limit + 1)} tokens > {limit} maximum")
-    return ApiError(status if status >= 400 else 500, f"the engine: {text.strip() or f'HTTP status {status}'}")
+            numbers = {name: int(number) for name, number in found.groupdict().items() if number}
+            limit = numbers.get("limit", window or prompt_tokens - 1)
+            prompt, output = numbers.get("prompt", prompt_tokens), numbers.get("output", 0)
+            if output and prompt < limit:
+                sums = f"{prompt} + {output} > {limit}"
+                return ApiError(400, f"input length and `max_tokens` exceed context limit: {sums}")
+            return prompt_too_long(prompt, limit)
+    message = f"the engine: {text.strip() or f'HTTP status {status}'}"
+    return ApiError(529 if status == 503 else status if status >= 400 else 500, message)
 
 
 def read_chunk(payload: str) -> Json | None:
@@ -1774,29 +2672,68 @@ def read_chunk(payload: str) -> Json | None:
     return None
 
 
-class Reply:
-    """One reply, as a state machine. `prompt_tokens`: an estimate, until the engine says it exactly;
-    `new_id`: a fresh text for an id."""
+class StopText:
+    """A text up to the first of `stops`, wherever it is cut: engines let the stop itself through, in whole or in part."""
 
-    def __init__(self, model: str, prompt_tokens: int, tools: Mapping[str, Json], new_id: Callable[[], str]) -> None:
-        self._model, self._new_id = model, new_id
-        self._text = ToolText(tools)
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._find, self._partial = _finder(tuple(stops))
+        self._rest = ""
+        self.found = ""
+
+    def feed(self, text: str) -> str:
+        """More text -> what surely stands before any stop."""
+        text = self._rest + text
+        held = self._find.search(text) or self._partial.search(text)
+        end = held.start() if held else len(text)
+        self._rest = text[end:]
+        if held and self._find.match(self._rest):
+            self.found = held[0]
+        return text[:end]
+
+    def end(self) -> str:
+        """What was held back, and is no stop."""
+        return "" if self.found else self._rest
+
+
+class Reply:
+    """One reply, as a state machine. `text`: reads what the model writes; `prompt_tokens`: an estimate, until the engine
+    says it exactly; `new_id`: a fresh text for an id; `stops`: texts that end the reply; `one_call`: no call after the first."""
+
+    def __init__(
+        self,
+        model: str,
+        prompt_tokens: int,
+        text: ToolText,
+        new_id: Callable[[], str],
+        stops: Sequence[str] = (),
+        one_call: bool = False,
+    ) -> None:
+        self._model, self._text, self._new_id = model, text, new_id
+        self._stop = StopText(stops)
+        self._stops, self._one_call = stops, one_call
         self._events: list[Event] = []
         self._state = "new"  # -> "open" -> "ended"
         self._block = ""  # the type of the open block
         self._index = -1
         self._space = ""  # white space that shows only if text follows
         self._calls = 0
-        self._engine_call: Any = None
+        self._muted = False  # the call behind the only one that is allowed has begun
+        self._engine_call: Json = {}  # the call of the engine's that is being read
         self._reason = ""
         self._output = 0
-        self._prompt, self._cached = prompt_tokens, 0
+        self.counted = False  # the engine has told the prompt's tokens
+        self.prompt, self._cached = prompt_tokens, 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was said."""
+        return self._state != "new"
 
     @property
     def usage(self) -> Json:
         """Tokens so far. What the engine had cached is not counted as input a second time."""
         return {
-            "input_tokens": max(0, self._prompt - self._cached),
+            "input_tokens": max(0, self.prompt - self._cached),
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": self._cached,
             "output_tokens": self._output,
@@ -1815,37 +2752,52 @@ class Reply:
         """One OpenAI chunk -> its events."""
         if self._state == "ended":
             return []
+        choice = as_object((as_list(chunk.get("choices")) or [None])[0])
+        if choice.get("error") or choice.get("finish_reason") in ("error", "abort"):
+            return self.fail(ApiError(500, f"the engine: {_error_text(choice) or 'it broke off'}"))
         first = self.start()
         self._count(as_object(chunk.get("usage")))
-        choices = chunk.get("choices")
-        choice = as_object(choices[0]) if isinstance(choices, list) and choices else {}
         delta = as_object(choice.get("delta"))
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         if thought and isinstance(thought, str):
+            self._text.thinks = False  # the engine tells thinking from text
             self._apply([("thinking", thought)])
-        if isinstance(delta.get("content"), str) and delta["content"]:
+        for kind, text in _contents(delta.get("content")):
             self._output += not chunk.get("usage")
-            self._apply(self._text.feed(delta["content"]))
-        calls = delta.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            self._call_of_engine(call)
+            if not self._stop.found:
+                self._apply(self._text.feed(self._stop.feed(text)) if kind == "text" else [(kind, text)])
+        calls = as_list(delta.get("tool_calls")) or (
+            [{"function": delta["function_call"]}] if delta.get("function_call") else []
+        )
+        for call in calls:
+            self._call_of_engine(as_object(call))
         self._reason = str(choice.get("finish_reason") or self._reason)
+        for matched in (choice.get("stop_reason"), choice.get("matched_stop")):  # vLLM, SGLang
+            if isinstance(matched, str) and matched in self._stops:
+                self._stop.found = matched
         return first + self._take()
 
     def finish(self, done: bool) -> list[Event]:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
         if self._state == "ended":
             return []
-        if not self._reason and not done:
-            return self.fail(ApiError(500, "the engine's answer was cut off"))
+        if not self._reason and (not done or self._state == "new"):
+            return self.fail(ApiError(500, "the engine's answer was " + ("empty" if done else "cut off")))
         first = self.start()
-        self._apply(self._text.end(natural=self._reason != "length"))
+        self._apply(self._text.feed(self._stop.end()))
+        self._apply(self._text.end(natural=self._reason != "length" and not self._stop.found))
+        self._begin_engine_call()
         self._close()
         self._state = "ended"
         reason = STOP_REASONS.get(self._reason, "end_turn")
-        if self._calls and reason != "max_tokens":
+        if self._stop.found:
+            reason = "stop_sequence"
+        elif self._calls and reason != "max_tokens":
             reason = "tool_use"
-        self._emit("message_delta", delta={"stop_reason": reason, "stop_sequence": None}, usage=self.usage)
+        elif reason == "tool_use" and not self._calls:
+            reason = "end_turn"
+        delta = {"stop_reason": reason, "stop_sequence": self._stop.found or None}
+        self._emit("message_delta", delta=delta, usage=self.usage)
         self._emit("message_stop")
         return first + self._take()
 
@@ -1867,18 +2819,21 @@ class Reply:
     def _count(self, usage: Json) -> None:
         details = as_object(usage.get("prompt_tokens_details"))
         counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens"))
-        pairs = zip(counts, (self._prompt, self._output, self._cached))
-        self._prompt, self._output, self._cached = (new if type(new) is int and new > 0 else old for new, old in pairs)
+        pairs = zip(counts, (self.prompt, self._output, self._cached))
+        self.counted |= type(counts[0]) is int and counts[0] > 0
+        self.prompt, self._output, self._cached = (new if type(new) is int and new > 0 else old for new, old in pairs)
 
     def _apply(self, events: Iterable[TextEvent]) -> None:
         for kind, text in events:
-            if kind == "text":
+            if kind == "call":
+                self._begin_call(text, "")
+            elif self._muted:
+                continue
+            elif kind == "text":
                 self._say(text)
             elif kind == "thinking":
                 self._open("thinking", thinking="", signature="")
                 self._delta("thinking_delta", thinking=text)
-            elif kind == "call":
-                self._begin_call(text, "")
             else:
                 self._delta("input_json_delta", partial_json=text)
 
@@ -1894,22 +2849,38 @@ class Reply:
         self._delta("text_delta", text=text)
 
     def _begin_call(self, name: str, call_id: str) -> None:
-        self._close()
-        self._calls += 1
-        self._open("tool_use", id=call_id or "toolu_" + self._new_id(), name=name, input={})
+        self._muted |= self._one_call and self._calls > 0
+        if not self._muted:
+            self._close()
+            self._calls += 1
+            self._open("tool_use", id=call_id or "toolu_" + self._new_id(), name=name, input={})
 
-    def _call_of_engine(self, call: Any) -> None:
-        """A call that the engine parsed: whole, or as deltas; index and id may be missing."""
-        call = as_object(call)
-        function = as_object(call.get("function"))
-        identity = call.get("index", call.get("id"))
-        if function.get("name") and (self._block != "tool_use" or identity is None or identity != self._engine_call):
-            self._begin_call(str(function["name"]), str(call.get("id") or ""))
-            self._engine_call = identity
+    def _call_of_engine(self, call: Json) -> None:
+        """A call that the engine parsed: whole or as deltas; index and id may be missing, the name come late or again and
+        again, and several calls share an index."""
+        function, last = as_object(call.get("function")), self._engine_call
+        same_id = not call.get("id") or not last.get("id") or call["id"] == last["id"]
+        known = last and same_id and call.get("index") in (None, last["index"])
+        if known and call.get("index") is None and not call.get("id") and function.get("name") and last.get("name"):
+            known = False  # nothing tells it from the last but that it has a name again
+        if not known:
+            self._begin_engine_call()
+            self._engine_call = last = {"index": call.get("index"), "arguments": ""}
+        last["id"], last["name"] = last.get("id") or call.get("id"), last.get("name") or function.get("name")
         arguments = function.get("arguments")
-        if arguments and self._block == "tool_use":
-            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            self._delta("input_json_delta", partial_json=text)
+        if arguments:
+            last["arguments"] += arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        self._begin_engine_call()
+
+    def _begin_engine_call(self) -> None:
+        """Hand on what there is of the engine's call, once its name is known."""
+        call = self._engine_call
+        if call.get("name") and not call.get("begun"):
+            call["begun"] = True
+            self._begin_call(str(call["name"]), str(call.get("id") or ""))
+        if call.get("begun") and call["arguments"] and self._block == "tool_use" and not self._muted:
+            self._delta("input_json_delta", partial_json=call["arguments"])
+            call["arguments"] = ""
 
     def _open(self, kind: str, **content: Any) -> None:
         if self._block != kind:
@@ -1925,6 +2896,17 @@ class Reply:
         if self._block:
             self._emit("content_block_stop", index=self._index)
         self._block = self._space = ""
+
+
+def _contents(content: Any) -> Iterator[TextEvent]:
+    """The parts of a delta's content: a text, or (Mistral's servers) a list of parts of kinds "text" and "thinking"."""
+    for part in as_list(content) or [content]:
+        if part and isinstance(part, str):
+            yield "text", part
+        for kind in ("text", "thinking"):
+            text = as_object(part).get(kind)
+            texts = [as_object(inner).get("text") for inner in as_list(text)] or [text]
+            yield from ((kind, inner) for inner in texts if inner and isinstance(inner, str))
 
 
 def encode_events(events: Iterable[Event]) -> bytes:
@@ -1970,7 +2952,9 @@ def collect(events: Iterable[Event]) -> Json:
 FIRST_WORD_SECONDS = 2.0  # before the reply is begun: an error can still have its HTTP status
 PING_SECONDS = 5.0
 STALL_SECONDS = 900.0
+COUNT_SECONDS = 0.012  # for the engine's own count of tokens
 BODY_LIMIT = 64 << 20  # bytes
+NOT_AVAILABLE = "{} is not available here: a local model answers, and no such service is behind it. Nothing was done."
 DEBUG_LOG_LIMIT = 10 << 20
 
 
@@ -2180,29 +3164,60 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self._send_json(200, {"data": [entry], "has_more": False, "first_id": name, "last_id": name})
 
     def _count_tokens(self, body: bytes) -> None:
-        self._send_json(200, {"input_tokens": estimate_tokens(self._translated(body)[1])})
+        translated = self._translated(body)[1]
+        counted = self._counted_by_engine(translated) if self.server.target.counts else 0
+        self._send_json(200, {"input_tokens": counted or self.server.tokens.corrected(estimate_tokens(translated))})
+
+    def _counted_by_engine(self, translated: Json) -> int:
+        """The engine's own count, if it answers in time; 0 otherwise."""
+        request = urllib.request.Request(
+            f"{self.server.target.url}/messages/count_tokens",
+            json.dumps(count_request(translated), ensure_ascii=False).encode("utf-8", "replace"),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with DIRECTLY.open(request, timeout=COUNT_SECONDS) as answer:
+                count = as_object(json.load(answer)).get("input_tokens")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.server.debug(1, f"count_tokens of the engine: {error!r}")
+            return 0
+        return count if type(count) is int else 0
 
     def _messages(self, body: bytes) -> None:
         request, translated = self._translated(body)
-        target, tokens = self.server.target, estimate_tokens(translated)
-        reply = Reply(target.name, tokens, callable_tools(request), lambda: secrets.token_hex(12))
+        target, counter = self.server.target, self.server.tokens
+        estimate = estimate_tokens(translated)
+        tokens = counter.corrected(estimate)
+        text = ToolText(callable_tools(request), target.dialect.calls, target.dialect.opens_thinking)
+        one_call = bool(as_object(request.get("tool_choice")).get("disable_parallel_tool_use"))
+        new_id: Callable[[], str] = lambda: secrets.token_hex(12)
+        reply = Reply(target.name, tokens, text, new_id, stop_sequences(request), one_call)
+        missing = unavailable_tool(request)
+        if missing:
+            answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
+            return self._answer(request, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
+        translated = fit_to_window(translated, tokens, counter.doubt, target.window)
+        payload = json.dumps(translated, ensure_ascii=False).encode("utf-8", "replace")
         try:
-            upstream = _Upstream(
-                target, json.dumps(translated, ensure_ascii=False).encode("utf-8", "replace"), self.connection
-            )
+            upstream = _Upstream(target, payload, self.connection)
         except (OSError, http.client.HTTPException) as error:
             raise ApiError(529, f"the engine does not answer at {target.url} ({error})") from None
         with contextlib.closing(upstream):
-            batches = self._relay(upstream, reply, tokens)
-            if not request.get("stream"):
-                return self._send_json(200, collect(event for events in batches for event in events))
-            for events in batches:
-                if not self._began:
-                    self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
-                data = encode_events(events)
-                self.server.debug(3, lambda: f"to the client: {data.decode()}")  # noqa: B023  called at once
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-            self.wfile.write(b"0\r\n\r\n")
+            self._answer(request, self._relay(upstream, reply, tokens))
+        if reply.counted:
+            self.server.learn(estimate, reply.prompt)
+
+    def _answer(self, request: Json, batches: Iterator[list[Event]]) -> None:
+        """Send a reply's events, as a stream or collected."""
+        if not request.get("stream"):
+            return self._send_json(200, collect(event for events in batches for event in events))
+        for events in batches:
+            if not self._began:
+                self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
+            data = encode_events(events)
+            self.server.debug(3, lambda: f"to the client: {data.decode()}")  # noqa: B023  called at once
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.write(b"0\r\n\r\n")
 
     def _relay(self, upstream: _Upstream, reply: Reply, tokens: int) -> Iterator[list[Event]]:
         """The reply's events as the engine answers, one batch a read; a ping after silence. Raises ApiError as long as
@@ -2239,10 +3254,17 @@ class ProxyHandler(BaseHTTPRequestHandler):
         try:
             data = upstream.read()
         except (OSError, ValueError, IndexError) as error:
-            return reply.fail(ApiError(500, f"the connection to the engine broke: {error!r}")), True
+            status = 500 if reply.begun else 529  # nothing was lost yet: the client tries again
+            return reply.fail(ApiError(status, f"the connection to the engine broke: {error!r}")), True
+        if upstream.ended and not upstream.status:
+            return reply.fail(ApiError(529, "the engine closed the connection without an answer")), True
         if upstream.status not in (0, 200):
             text = upstream.error.decode("utf-8", "replace")
-            return (reply.fail(engine_error(upstream.status, text, tokens)), True) if upstream.ended else ([], False)
+            return (
+                (reply.fail(engine_error(upstream.status, text, tokens, self.server.target.window)), True)
+                if upstream.ended
+                else ([], False)
+            )
         events: list[Event] = []
         for payload in stream.feed(data + b"\n" * upstream.ended):  # the last line may lack its end
             self.server.debug(3, f"from the engine: {payload}")
@@ -2252,7 +3274,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if chunk is None and payload.startswith("{") and not payload.endswith("}"):
                 break  # half a line: the stream ends here
             if chunk is None:
-                return events + reply.fail(engine_error(500, payload, tokens)), True
+                return events + reply.fail(engine_error(500, payload, tokens, self.server.target.window)), True
             events += reply.feed(chunk)
         return (events + reply.finish(done=False), True) if upstream.ended else (events, False)
 
@@ -2281,8 +3303,13 @@ class Proxy(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, port: int, target: Target, debug_level: int = 0) -> None:
+    def __init__(self, port: int, target: Target, debug_level: int = 0, memory: Path | None = None) -> None:
         self.target, self.token = target, secrets.token_urlsafe(32)
+        self._memory, self._learning = memory, threading.Lock()
+        known: Json = {}
+        with contextlib.suppress(AnyclaudeError):
+            known = read_json(memory) if memory else {}
+        self.tokens = TokenCount(as_list(known.get(target.name)))
         self.debug = DebugLog(debug_level, (self.token, target.key))
         try:
             super().__init__((LOOPBACK, port), ProxyHandler)
@@ -2290,6 +3317,21 @@ class Proxy(ThreadingHTTPServer):
             raise port_taken("the proxy's ", port, "--proxy-port", str(error.strerror)) from None
         self.url = f"http://{LOOPBACK}:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+
+    def learn(self, estimate: int, tokens: int) -> None:
+        """Keep what the engine counted, for this session and the next."""
+        with self._learning, contextlib.suppress(OSError, AnyclaudeError):
+            if self.tokens.learn(estimate, tokens) and self._memory:
+                known = read_json(self._memory) if self._memory.exists() else {}
+                write_json(self._memory, {**known, self.target.name: self.tokens.pairs})
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. Without file descriptors left the listener stays ready: not to be asked at once again."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.1)
+            raise
 
     def server_close(self) -> None:
         """Stop serving; the thread would otherwise go on polling a socket that is closed."""
@@ -2569,6 +3611,8 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[T
             model=settings.model,
             key=settings.api_key,
             own_tools=settings.tool_calls == "text",
+            forces_calls=True,
+            sees=settings.vision,
             sampling=settings.sampling,
         )
     else:
@@ -2576,14 +3620,23 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[T
             fix = "anyclaude --model-path /path/to/model\nor, to see it work with no model: anyclaude --demo"
             raise AnyclaudeError("no model is configured.", fix)
         model = read_model(settings.model_path, settings.arch)
-        with contextlib.closing(start_engine(find_engine(settings, environ), model, settings)) as share:
+        engine = find_engine(settings, environ)
+        can = {name: engine.version >= since for name, since in SINCE.items()}
+        family = (
+            "engine" if model.dialect.calls == "harmony" else "text"
+        )  # its parser is part of how gpt-oss is decoded
+        with contextlib.closing(start_engine(engine, model, settings)) as share:
             yield dataclasses.replace(
                 target,
                 url=f"http://{LOOPBACK}:{share.port}/v1",
                 name=client_name(model.name),
                 window=settings.context_window or model.context,
-                own_tools=settings.tool_calls != "engine",
+                own_tools=(settings.tool_calls or family) == "text",
+                forces_calls=can["forced calls"],
+                counts=can["counts tokens"],
+                sees=settings.vision or (model.sees and can["images"]),
                 sampling={**model.sampling, **settings.sampling},
+                dialect=dialect_on(model.dialect, engine.version),
             )
 
 
@@ -2615,7 +3668,11 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
         raise port_taken("the proxy's ", settings.proxy_port, "--proxy-port")
     if claude and needs_no_model(arguments, claude_help(claude)):
         return run_claude(claude, arguments, environ)
-    with serving_target(settings, environ) as target, Proxy(settings.proxy_port, target, settings.debug) as proxy:
+    memory = state_path("cache", "tokens.json")
+    with (
+        serving_target(settings, environ) as target,
+        Proxy(settings.proxy_port, target, settings.debug, memory) as proxy,
+    ):
         say(f"Proxy URL: http://localhost:{proxy.server_address[1]}")
         if not target.window:
             say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")

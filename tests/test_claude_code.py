@@ -247,7 +247,9 @@ def test_when_claude_stops_itself_the_shell_comes_back(sandbox: Sandbox) -> None
 def test_a_claude_that_ends_right_after_it_was_stopped_gives_its_status(sandbox: Sandbox) -> None:
     kill = "import os, signal, time; time.sleep(0.02); os.kill({pid}, signal.SIGKILL)"
     then = f"import subprocess; subprocess.Popen([sys.executable, '-S', '-c', {kill!r}.format(pid=os.getpid())])"
-    recorder(sandbox, f"{then}; os.kill(os.getpid(), signal.SIGSTOP); import time; time.sleep(30)")  # if it is continued
+    recorder(
+        sandbox, f"{then}; os.kill(os.getpid(), signal.SIGSTOP); import time; time.sleep(30)"
+    )  # if it is continued
     process = sandbox.start("--demo")
 
     def ended() -> bool:

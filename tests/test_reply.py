@@ -11,15 +11,15 @@ from fake_engine import chunk, says
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyclaude import ApiError, EventStream, Reply, collect, encode_events, engine_error, read_chunk
+from anyclaude import ApiError, EventStream, Reply, ToolText, collect, encode_events, engine_error, read_chunk
 
 TOOLS: dict[str, dict[str, Any]] = {"Bash": {"properties": {"command": {"type": "string"}}}, "Get": {}}
 BASH_CALL = '<tool_call>\n{"name": "Bash", "arguments": {"command": "ls"}}\n</tool_call>'
 
 
-def new_reply() -> Reply:
+def new_reply(**options: Any) -> Reply:
     numbers = itertools.count(1)
-    return Reply("tiny", 7, TOOLS, lambda: str(next(numbers)))
+    return Reply("tiny", 7, ToolText(TOOLS), lambda: str(next(numbers)), **options)
 
 
 def play(lines: list[str], done: bool = True, reply: Reply | None = None) -> list[dict[str, Any]]:
@@ -100,7 +100,13 @@ def test_a_call_written_as_text_becomes_a_tool_use_block() -> None:
 
 @pytest.mark.parametrize(
     ("finish", "reason"),
-    [("stop", "end_turn"), ("length", "max_tokens"), ("tool_calls", "tool_use"), ("canceled", "end_turn")],
+    [
+        ("stop", "end_turn"),
+        ("length", "max_tokens"),
+        ("tool_calls", "end_turn"),  # it says so, and there is none
+        ("content_filter", "refusal"),
+        ("canceled", "end_turn"),
+    ],
 )
 def test_stop_reasons(finish: str, reason: str) -> None:
     assert collect(play(says("x", finish=finish)))["stop_reason"] == reason
@@ -218,7 +224,7 @@ def test_an_overflow_is_told_in_the_words_that_make_the_client_compact(text: str
 )
 def test_any_other_error_keeps_its_words(status: int, text: str, shown: str) -> None:
     error = engine_error(status, text, 1)
-    assert shown in error.message and error.status == (status if status >= 400 else 500)
+    assert shown in error.message and error.status == {200: 500, 503: 529}.get(status, status)
 
 
 def test_plain_text_in_the_stream_is_no_chunk() -> None:

@@ -64,7 +64,7 @@ def test_a_system_turn_is_folded_where_it_stands() -> None:
     folded = messages(
         ("user", "one"),
         ("system", "note"),
-        ("assistant", "two"),
+        ("assistant", [text("two"), use("t")]),
         ("user", [result("t", "r")]),
         ("system", [text("later")]),
         system="S",
@@ -127,7 +127,7 @@ def test_what_the_model_cannot_read_is_named_not_dropped() -> None:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
     document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "the text"}}
     made = messages(("user", [text("see"), image, document, {"type": "thinking", "thinking": "x", "signature": ""}]))
-    assert made[0]["content"] == "see\n\n[image content that this model cannot read]\n\nthe text"
+    assert made[0]["content"] == "see\n\n[image: this model cannot see images]\n\nthe text"
 
 
 def test_tools_keep_their_order_and_their_keys_and_lose_only_the_schema_uri() -> None:
@@ -146,7 +146,7 @@ def test_tools_of_anthropics_servers_never_reach_the_engine() -> None:
 
 
 def test_the_engines_own_tool_parser_stays_off_unless_it_is_wanted() -> None:
-    engine = Target("http://127.0.0.1:1/v1", own_tools=False)
+    engine = Target("http://127.0.0.1:1/v1", own_tools=False, forces_calls=True)
     assert translate(tools=[BASH], tool_choice={"type": "any"})["tool_choice"] == "none"
     assert "tool_choice" not in translate()
     wanted = {

@@ -9,24 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tool_formats import BARE, CODE, NO_CALLS, PAR, SHAPES, TOOLS, WRITTEN, call
 
-from anyclaude import JsonRepair, ToolText
-
-TOOLS: dict[str, dict[str, Any]] = {
-    "Bash": {
-        "properties": {"command": {"type": "string"}, "timeout": {"type": "integer"}, "background": {"type": "boolean"}}
-    },
-    "Write": {
-        "properties": {
-            "file_path": {"type": "string"},
-            "content": {"type": "string"},
-            "tags": {"type": "array"},
-            "meta": {"type": ["object", "null"]},
-        }
-    },
-    "Get": {},
-}
-CODE = 'def f(x):\n    """doc"""\n    if x < 3 and "</b>" != \'{"a": [1, 2]}\':\n        return "\\n\\t" + "<parameter=x>" # </parameter> here\n    return "</tool_call>"\n\n'
+from anyclaude import LEAKS, TOOL_FORMATS, JsonRepair, ToolText, write_calls
 
 
 def parse(pieces: list[str], natural: bool = True) -> list[tuple[str, str]]:
@@ -40,17 +25,12 @@ def parse(pieces: list[str], natural: bool = True) -> list[tuple[str, str]]:
     return found
 
 
-def call(name: str, arguments: Any) -> list[Any]:
-    return [("call", name), ("arguments", arguments)]
-
-
 def hermes(name: str, arguments: Any) -> str:
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    return str(WRITTEN["hermes"](name, arguments))
 
 
 def coder(name: str, opener: str = "<tool_call>\n", **parameters: str) -> str:
-    inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters.items())
-    return f"{opener}<function={name}>\n{inside}</function>\n</tool_call>"
+    return str(WRITTEN["qwen3-coder"](name, parameters)).replace("<tool_call>\n", opener, 1)
 
 
 # (what the model wrote, the calls and texts in it; arguments as Python values)
@@ -144,31 +124,13 @@ CASES: dict[str, tuple[str, list[Any]]] = {
         "<function=Bash>\n<parameter=command>\nls\n</parameter>",
         call("Bash", {"command": "ls"}),
     ),
+    **SHAPES,
     "thinking": (
         "<think>\nhm <tool_call> x\n</think>\n\nDone.",
         [("thinking", "\nhm <tool_call> x\n"), ("text", "\n\nDone.")],
     ),
     "thinking, then a call": ("<think>go</think>" + hermes("Get", {}), [("thinking", "go"), *call("Get", {})]),
 }
-NEGATIVES = [
-    hermes("Nope", {"command": "ls"}),
-    coder("Nope", command="ls"),
-    "<tool_call>",
-    "<tool_call>\n",
-    "A <tool_call> is XML. <function=Bash> is too.",
-    "<tool_call>[1, 2]</tool_call>",
-    '<tool_call>{"nome": "Bash"}</tool_call>',
-    "<function=",
-    "<function=Bash",
-    "a < b && c <t",
-    'Type `<tool_call>{"name": "Bash"}`',
-    f"Write it so:\n```xml\n{hermes('Bash', {'command': 'ls'})}\n```\nThat is all.",
-    f"```\n{coder('Bash', command='ls')}\n```",
-    "`" + hermes("Get", {}) + "`",
-    "Text <think>not thinking</think>",
-    '<tool_call>{"name": 5}</tool_call>',
-    "<tool_call>{</tool_call>",
-]
 
 
 def valued(events: list[tuple[str, str]]) -> list[Any]:
@@ -184,7 +146,7 @@ def test_a_reply_is_read_the_same_wherever_it_is_cut(name: str) -> None:
         assert valued(parse([source[:cut], source[cut:]])) == expected
 
 
-@pytest.mark.parametrize("source", NEGATIVES)
+@pytest.mark.parametrize("source", NO_CALLS)
 def test_what_is_no_call_stays_text_unchanged(source: str) -> None:
     for pieces in ([source], list(source), *([source[:cut], source[cut:]] for cut in range(len(source)))):
         assert parse(pieces) == [("text", source)]
@@ -193,7 +155,7 @@ def test_what_is_no_call_stays_text_unchanged(source: str) -> None:
 @given(
     st.lists(
         st.one_of(
-            st.sampled_from([source for source, _ in CASES.values()] + NEGATIVES),
+            st.sampled_from([source for source, _ in CASES.values()] + NO_CALLS),
             st.text(max_size=8),
             st.sampled_from("<>{}\"'`\n/="),
         ),
@@ -207,7 +169,7 @@ def test_random_text_and_cuts_lose_nothing_and_make_nothing_up(parts: list[str],
     pieces = [source[start:end] for start, end in zip([0, *cuts], [*cuts, len(source)])]
     whole, split = parse([source]), parse(pieces)
     assert whole == split
-    if all(kind == "text" for kind, _ in whole):
+    if all(kind == "text" for kind, _ in whole) and not any(leak in source for leak in LEAKS):
         assert "".join(value for _, value in whole) == source
     for kind, value in whole:
         if kind == "call":
@@ -230,20 +192,101 @@ def test_text_streams_at_once_and_little_is_held_back() -> None:
     assert said == source
 
 
+@pytest.mark.parametrize("name", [*WRITTEN, *BARE])
+def test_each_format_is_read_wherever_it_is_cut(name: str) -> None:
+    write = {**WRITTEN, **BARE}[name]
+    before = [] if name in BARE else [("text", "I write:\n")]
+    source = ("I write:\n" if before else "") + write("Write", PAR)
+    expected = [*before, *call("Write", PAR)]
+    dice = random.Random(1)
+    cuts = [sorted(dice.sample(range(len(source)), 9)) for _ in range(30)]
+    pieces = [[source[a:b] for a, b in zip([0, *places], [*places, len(source)])] for places in cuts]
+    for cut in [[source], list(source), *pieces, *([source[:at], source[at:]] for at in range(len(source)))]:
+        assert [event for event in valued(parse(cut)) if event != ("text", " ")] == expected
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_calls_follow_one_another_in_any_format(name: str) -> None:
+    for other in WRITTEN.values():
+        source = WRITTEN[name]("Bash", {"command": "ls <b>"}) + "\n" + other("Get", {}) + "\nDone."
+        events = [event for event in valued(parse([source])) if event != ("text", "\n")]
+        assert events == [*call("Bash", {"command": "ls <b>"}), *call("Get", {}), ("text", "\nDone.")]
+
+
+@pytest.mark.parametrize("first", [row.name for row in TOOL_FORMATS])
+def test_the_format_of_the_models_template_is_read_and_no_other_is_lost(first: str) -> None:
+    for name in ("hermes", "qwen3-coder", "glm-4.5", "mistral"):
+        parser = ToolText(TOOLS, first)
+        events = parser.feed(WRITTEN[name]("Bash", {"command": "ls"})) + parser.end(True)
+        assert [value for kind, value in events if kind == "call"] == ["Bash"]
+
+
+@pytest.mark.parametrize("row", [row.name for row in TOOL_FORMATS if "," not in row.name])
+def test_what_we_write_for_a_template_we_also_read(row: str) -> None:
+    calls = [(0, "Write", {key: value for key, value in PAR.items() if key != "meta"}), (1, "Get", {})]
+    events = [event for event in valued(parse([write_calls(row, calls)])) if event[0] != "text"]
+    assert events == [*call("Write", calls[0][2]), *call("Get", {})]
+
+
 @pytest.mark.parametrize(
-    "source",
+    ("row", "name"),
     [
-        hermes("Write", {"file_path": "a", "content": "line\n" * 300}),
-        coder("Write", file_path="a", content="line\n" * 300),
-    ],
+        (row, row)
+        for row in WRITTEN
+        if row in {row.name for row in TOOL_FORMATS} and row not in ("mistral-v11", "deepseek-v3.2")
+    ]
+    + [("glm", "glm-4.5"), ("bare", "bare")],
 )
-def test_arguments_stream_as_they_are_generated(source: str) -> None:
+def test_calls_are_written_as_the_template_writes_them(row: str, name: str) -> None:
+    if "gemma" not in row and row != "harmony":
+        assert write_calls(row, [(0, "Bash", {"command": "ls"})]) == {**WRITTEN, **BARE}[name](
+            "Bash", {"command": "ls"}
+        )
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *BARE])
+def test_arguments_stream_as_they_are_generated(name: str) -> None:
+    source = {**WRITTEN, **BARE}[name]("Write", {"file_path": "a", "content": "line\n" * 300})
     parser = ToolText(TOOLS)
-    behind, events = 0, 0
-    for number in range(0, len(source), 7):
-        events += sum(kind == "arguments" for kind, _ in parser.feed(source[number : number + 7]))
-        behind = number
-    assert events > behind / 7 * 0.9
+    begun = streamed = 0
+    for start in range(0, len(source), 7):
+        kinds = {kind for kind, _ in parser.feed(source[start : start + 7])}
+        begun += "call" in kinds
+        streamed += "arguments" in kinds
+    assert begun == 1 and streamed > len(source) / 7 * 0.8
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *BARE])
+def test_what_streams_is_always_the_beginning_of_the_same_json(name: str) -> None:
+    source = {**WRITTEN, **BARE}[name]("Write", PAR)
+    whole = "".join(value for kind, value in parse([source]) if kind == "arguments")
+    for end in range(len(source)):
+        arguments = "".join(value for kind, value in parse([source[:end]], natural=False) if kind == "arguments")
+        assert whole.startswith(arguments)
+        assert arguments != whole or end > len(source) - 60
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_markup_that_is_cut_off_does_not_show(name: str) -> None:
+    source = "So.\n" + WRITTEN[name]("Bash", {"command": "ls"})
+    for end in range(len(source)):
+        text = "".join(value for kind, value in parse([source[:end]], natural=False) if kind == "text")
+        assert "So.\n".startswith(text) or len(text) < len("So.\n") + len("<|tool_calls_section_begin|>")
+
+
+def test_thinking_whose_opener_was_the_end_of_the_prompt_is_thinking() -> None:
+    for source in ("hm</think>\n\nDone.", "<think>hm</think>\n\nDone.", "\n<think>hm</think>\n\nDone."):
+        for cut in range(len(source)):
+            parser = ToolText(TOOLS, thinks=True)
+            events = parser.feed(source[:cut]) + parser.feed(source[cut:]) + parser.end(True)
+            assert "".join(value for kind, value in events if kind == "thinking") == "hm"
+            assert "".join(value for kind, value in events if kind == "text").strip() == "Done."
+
+
+def test_a_model_that_never_closes_its_thinking_has_answered() -> None:
+    parser = ToolText(TOOLS, thinks=True)
+    events = parser.feed("The answer is 4.") + parser.end(True)
+    assert ("text", "The answer is 4.") in events
 
 
 @pytest.mark.parametrize(
