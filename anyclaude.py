@@ -2008,10 +2008,9 @@ class JsonRepair:
 
     def _in_raw_string(self, text: str, at: int, out: list[str]) -> int:
         """Up to the quote, which nothing in the string can escape."""
-        find, partial = _finder((self._quote,))
-        end = find.search(text, at) or partial.search(text, at)
+        end = _finder((self._quote,)).search(text, at)
         out.append(_json_text(text[at : end.start() if end else len(text)]))
-        if end is None or end[0] != self._quote:
+        if not end or not end[1]:
             return end.start() if end else len(text)
         self._quote = ""
         self.done = not self._stack
@@ -2123,12 +2122,12 @@ def _literals(pattern: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _finder(words: tuple[str, ...]) -> Grown:
-    """-> (finds the first of `words`, finds what could become one at the end of a text)."""
+def _finder(words: tuple[str, ...], at_the_end: bool = False) -> re.Pattern[str]:
+    """Finds the first of `words`, as group 1, or else (but not `at_the_end`) what could become one with more text."""
     longest_first = sorted(words, key=len, reverse=True)
-    find = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-    starts = "|".join(f"{re.escape(word[0])}{_prefixes(word[1:])}" if word[1:] else "(?!)" for word in longest_first)
-    return find, re.compile(rf"(?:{starts or '(?!)'})\Z")
+    whole = "|".join(map(re.escape, longest_first)) or "(?!)"
+    begun = "|".join(re.escape(word[0]) + _prefixes(word[1:]) for word in longest_first if word[1:]) or "(?!)"
+    return re.compile(f"({whole})" if at_the_end else rf"({whole})|(?:{begun})\Z")
 
 
 class _Shape:
@@ -2259,18 +2258,16 @@ class ToolText:
 
     def _flow(self, emit: Callable[[str], None], stops: tuple[str, ...]) -> Reader:
         """Hand text on as it comes until one of `stops` -> that one, which is left in the buffer; "" at the end."""
-        find, partial = _finder(stops)
+        find = _finder(stops)
         while True:
-            stop = find.search(self._buffer)
-            whole = self._final and (
-                self._natural or emit == self._say
-            )  # a call that is cut off ends before its closer
-            held = stop or (None if whole else partial.search(self._buffer))
+            if self._final and (self._natural or emit == self._say):  # a call that is cut off ends before its closer
+                find = _finder(stops, at_the_end=True)
+            held = find.search(self._buffer)
             count = held.start() if held else len(self._buffer)
             if count:
                 emit(self._take(count))
-            if stop or self._final:
-                return stop[0] if stop else ""
+            if self._final or (held and held[1]):
+                return held[1] if held and held[1] else ""
             yield
 
     def _space(self) -> Reader:
@@ -2674,18 +2671,17 @@ class StopText:
     """A text up to the first of `stops`, wherever it is cut: engines let the stop itself through, in whole or in part."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._find, self._partial = _finder(tuple(stops))
+        self._find = _finder(tuple(stops))
         self._rest = ""
         self.found = ""
 
     def feed(self, text: str) -> str:
         """More text -> what surely stands before any stop."""
         text = self._rest + text
-        held = self._find.search(text) or self._partial.search(text)
+        held = self._find.search(text)
         end = held.start() if held else len(text)
         self._rest = text[end:]
-        if held and self._find.match(self._rest):
-            self.found = held[0]
+        self.found = (held[1] if held else None) or ""
         return text[:end]
 
     def end(self) -> str:
@@ -2698,13 +2694,7 @@ class Reply:
     says it exactly; `new_id`: a fresh text for an id; `stops`: texts that end the reply; `one_call`: no call after the first."""
 
     def __init__(
-        self,
-        model: str,
-        prompt_tokens: int,
-        text: ToolText,
-        new_id: Callable[[], str],
-        stops: Sequence[str] = (),
-        one_call: bool = False,
+        self, model: str, text: ToolText, new_id: Callable[[], str], stops: Sequence[str] = (), one_call: bool = False
     ) -> None:
         self._model, self._text, self._new_id = model, text, new_id
         self._stop = StopText(stops)
@@ -2720,7 +2710,7 @@ class Reply:
         self._reason = ""
         self._output = 0
         self.counted = False  # the engine has told the prompt's tokens
-        self.prompt, self._cached = prompt_tokens, 0
+        self.prompt = self._cached = 0
 
     @property
     def begun(self) -> bool:
@@ -3072,6 +3062,10 @@ class _Upstream:
         self._socket.close()
 
 
+def _new_id() -> str:
+    return secrets.token_hex(12)
+
+
 class _ClientLeft(Exception):
     """The client closed its connection."""
 
@@ -3084,6 +3078,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     timeout = 120  # seconds that a connection may stay idle, and a client may leave its reply unread
     server: Proxy
     _began = False  # the head of the answer is out
+    _body = b""
 
     def do_HEAD(self) -> None:
         self._send(200 if self.path in ("/", "/api/hello") else 404, b"")
@@ -3094,7 +3089,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         path, _, _ = self.path.partition("?")
         outcome = "ok"
         try:
-            self._route(path, self._read_body())
+            self._body = self._read_body()
+            self._route(path)
         except ApiError as error:
             outcome = f"{error.status} {error.message}"
             self._send_json(error.status, error.body())
@@ -3109,7 +3105,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
-    def _route(self, path: str, body: bytes) -> None:
+    def _route(self, path: str) -> None:
         if (self.command, path) == ("GET", "/health"):
             return self._send_json(200, {"status": "ok"})
         self._authorize()
@@ -3120,7 +3116,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         }
         if (self.command, path) not in routes:
             raise ApiError(404, f"{self.command} {path} is not served here")
-        return routes[self.command, path](body)
+        routes[self.command, path]()
 
     def _read_body(self) -> bytes:
         length = self.headers.get("Content-Length", "0")
@@ -3142,10 +3138,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 return
         raise ApiError(401, "this proxy serves only the session it was started for (wrong or missing token)")
 
-    def _translated(self, body: bytes) -> tuple[Json, Json]:
+    def _translated(self) -> tuple[Json, Json]:
         """-> (the client's request, its translation)."""
         try:
-            request = from_json(body.decode("utf-8-sig"))
+            request = from_json(self._body.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the request body is not valid JSON: {error}") from None
         self.server.debug(2, lambda: f"from the client: {to_json(request)}")
@@ -3153,13 +3149,13 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.server.debug(2, lambda: f"to the engine: {to_json(translated)}")
         return request, translated
 
-    def _models(self, body: bytes) -> None:
+    def _models(self) -> None:
         name = self.server.target.name
         entry = {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"}
         self._send_json(200, {"data": [entry], "has_more": False, "first_id": name, "last_id": name})
 
-    def _count_tokens(self, body: bytes) -> None:
-        translated = self._translated(body)[1]
+    def _count_tokens(self) -> None:
+        translated = self._translated()[1]
         counted = self._counted_by_engine(translated) if self.server.target.counts else 0
         estimate = counted or self.server.tokens.corrected(estimate_tokens(to_json(translated)))
         self._send_json(200, {"input_tokens": estimate})
@@ -3179,44 +3175,48 @@ class ProxyHandler(BaseHTTPRequestHandler):
             return 0
         return count if type(count) is int else 0
 
-    def _messages(self, body: bytes) -> None:
-        request, translated = self._translated(body)
+    def _messages(self) -> None:
+        request, translated = self._translated()
         target, counter = self.server.target, self.server.tokens
         payload = to_json(translated)
-        estimate = estimate_tokens(payload)
-        tokens = counter.corrected(estimate)
+        data = payload.encode("utf-8", "replace")
+        if target.window and len(data) + translated["max_tokens"] > target.window:  # a token has a byte at least
+            tokens = counter.corrected(estimate_tokens(payload))
+            data = to_json(fit_to_window(translated, tokens, counter.doubt, target.window)).encode("utf-8", "replace")
         text = ToolText(callable_tools(request), target.dialect.calls, target.dialect.opens_thinking)
         one_call = bool(as_object(request.get("tool_choice")).get("disable_parallel_tool_use"))
-        new_id: Callable[[], str] = lambda: secrets.token_hex(12)
-        reply = Reply(target.name, tokens, text, new_id, stop_sequences(request), one_call)
+        reply = Reply(target.name, text, _new_id, stop_sequences(request), one_call)
+        streamed = bool(request.get("stream"))
         missing = "" if "tools" in translated else unavailable_tool(request)
         if missing:
             answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
-            return self._answer(request, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
-        fitting = fit_to_window(translated, tokens, counter.doubt, target.window)
-        payload = payload if fitting is translated else to_json(fitting)
+            return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
         try:
-            upstream = _Upstream(target, payload.encode("utf-8", "replace"), self.connection)
+            upstream = _Upstream(target, data, self.connection)
         except (OSError, http.client.HTTPException) as error:
             raise ApiError(529, f"the engine does not answer at {target.url} ({error})") from None
         with contextlib.closing(upstream):
-            self._answer(request, self._relay(upstream, reply, tokens))
+            estimate = estimate_tokens(payload)  # while the engine works
+            reply.prompt = counter.corrected(estimate)
+            self._body = data = b""  # a reply may take long: what was only for the request goes
+            del request, translated, payload
+            self._answer(streamed, self._relay(upstream, reply))
         if reply.counted:
             self.server.learn(estimate, reply.prompt)
 
-    def _answer(self, request: Json, batches: Iterator[list[Event]]) -> None:
+    def _answer(self, streamed: bool, batches: Iterator[list[Event]]) -> None:
         """Send a reply's events, as a stream or collected."""
-        if not request.get("stream"):
+        if not streamed:
             return self._send_json(200, collect(event for events in batches for event in events))
         for events in batches:
             if not self._began:
                 self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
             data = encode_events(events)
             self.server.debug(3, lambda: f"to the client: {data.decode()}")  # noqa: B023  called at once
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-        self.wfile.write(b"0\r\n\r\n")
+            self.connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+        self.connection.sendall(b"0\r\n\r\n")
 
-    def _relay(self, upstream: _Upstream, reply: Reply, tokens: int) -> Iterator[list[Event]]:
+    def _relay(self, upstream: _Upstream, reply: Reply) -> Iterator[list[Event]]:
         """The reply's events as the engine answers, one batch a read; a ping after silence. Raises ApiError as long as
         nothing was yielded, and _ClientLeft."""
         stream, begun, ended = EventStream(), False, False
@@ -3230,7 +3230,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if what == "data":
                 heard = time.monotonic()
                 try:
-                    events, ended = self._read_events(upstream, reply, stream, tokens)
+                    events, ended = self._read_events(upstream, reply, stream)
                 except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
                     self.server.debug(1, traceback.format_exc)
                     events, ended = reply.fail(ApiError(500, f"anyclaude: {error!r}")), True
@@ -3244,9 +3244,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 begun, said = True, time.monotonic()
                 yield events
 
-    def _read_events(
-        self, upstream: _Upstream, reply: Reply, stream: EventStream, tokens: int
-    ) -> tuple[list[Event], bool]:
+    def _read_events(self, upstream: _Upstream, reply: Reply, stream: EventStream) -> tuple[list[Event], bool]:
         """One read of the engine, all its lines translated -> (events, whether that was the end)."""
         try:
             data = upstream.read()
@@ -3258,20 +3256,20 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if upstream.status not in (0, 200):
             text = upstream.error.decode("utf-8", "replace")
             return (
-                (reply.fail(engine_error(upstream.status, text, tokens, self.server.target.window)), True)
+                (reply.fail(engine_error(upstream.status, text, reply.prompt, self.server.target.window)), True)
                 if upstream.ended
                 else ([], False)
             )
         events: list[Event] = []
         for payload in stream.feed(data + b"\n" * upstream.ended):  # the last line may lack its end
-            self.server.debug(3, f"from the engine: {payload}")
+            self.server.debug(3, payload)
             if payload == "[DONE]":
                 return events + reply.finish(done=True), True
             chunk = read_chunk(payload)
             if chunk is None and payload.startswith("{") and not payload.endswith("}"):
                 break  # half a line: the stream ends here
             if chunk is None:
-                return events + reply.fail(engine_error(500, payload, tokens, self.server.target.window)), True
+                return events + reply.fail(engine_error(500, payload, reply.prompt, self.server.target.window)), True
             events += reply.feed(chunk)
         return (events + reply.finish(done=False), True) if upstream.ended else (events, False)
 

@@ -322,7 +322,7 @@ def test_the_debug_log_is_private_and_has_no_secret(tmp_path: Path, monkeypatch:
         ask(proxy, path="/nothing")
     log = tmp_path / ".anyclaude" / "logs" / "debug.log"
     text = log.read_text()
-    assert "POST /v1/messages" in text and "404" in text and "from the engine" in text
+    assert "POST /v1/messages" in text and "404" in text and "[DONE]" in text
     assert proxy.token not in text and "sesame" not in text
     assert log.stat().st_mode & 0o777 == 0o600 and log.parent.stat().st_mode & 0o777 == 0o700
 
@@ -340,7 +340,7 @@ def test_a_defect_of_ours_is_an_error_for_the_client_and_a_traceback_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(anyclaude, "estimate_tokens", lambda request: 1 // 0)
+    monkeypatch.setattr(anyclaude, "callable_tools", lambda request: 1 // 0)
     with proxy_for("http://127.0.0.1:1/v1", 1) as proxy:
         status, _, content = ask(proxy)
     assert status == 500 and b"ZeroDivisionError" in content

@@ -19,7 +19,9 @@ BASH_CALL = '<tool_call>\n{"name": "Bash", "arguments": {"command": "ls"}}\n</to
 
 def new_reply(**options: Any) -> Reply:
     numbers = itertools.count(1)
-    return Reply("tiny", 7, ToolText(TOOLS), lambda: str(next(numbers)), **options)
+    reply = Reply("tiny", ToolText(TOOLS), lambda: str(next(numbers)), **options)
+    reply.prompt = 7
+    return reply
 
 
 def play(lines: list[str], done: bool = True, reply: Reply | None = None) -> list[dict[str, Any]]:
