@@ -601,7 +601,7 @@ ARCHITECTURE_NAMES = (("qwen3", "qwen3moe"), ("llama", "llama"), ("mistral", "mi
 class ToolFormat:
     """One way in which models write tool calls: section 6 reads it, `write_calls` writes it.
 
-    `sign`: the text in a chat template that tells it. `call`: a call as the template writes it. {name} is the tool's,
+    `sign`: the texts in a chat template that tell it, all of them. `call`: a call as the template writes it. {name} is the tool's,
     {number} counts the calls of the conversation, {id} is one of 9 characters, and the arguments are {arguments} (a JSON
     object), {json} (an object of name and arguments) or {parameters}, each of which is `parameter` with {key} and {value}.
     What is in parentheses is sometimes missing in what a model writes, what is in (?...) sometimes there, and white space may
@@ -671,7 +671,7 @@ TOOL_FORMATS = (
     ),
     ToolFormat(
         "deepseek",  # DeepSeek V3, R1
-        "```json",
+        "<｜tool▁call▁begin｜> ```json",
         "<｜tool▁call▁begin｜>(function)<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>",
         before="<｜tool▁calls▁begin｜>",
         after="<｜tool▁calls▁end｜>",
@@ -744,6 +744,7 @@ class Dialect:
 
     calls: str = ""  # the row of TOOL_FORMATS in which it writes calls
     hides_tools: bool = False
+    hides_calls: bool = False
     thinking: str = ""  # the request field that switches thinking
     opens_thinking: bool = False
     alternates: bool = False
@@ -752,6 +753,8 @@ class Dialect:
     one_call: bool = False
     names_results: bool = False
     takes_text: bool = False
+    wants_text: bool = False
+    ties_results: bool = False
     writes_calls: bool = False  # calls in the history are written into the text, as the template would write them
     writes_results: bool = False  # and results, too: as text of the user
 
@@ -764,9 +767,12 @@ SIGNS = {
     "short_ids": r"length *!= *9",  # raises: Mistral Nemo, Small 3.2
     "one_call": r"single tool-calls|tool_calls\[0\]",  # raises: Llama 3; shows only the first: gpt-oss
     "names_results": r"<\|tool_response>",  # Gemma 4 in mistral.rs
+    "ties_results": r"previous assistant message with a tool call|<\|tool_response>",  # to calls: MiniMax, Gemma 4
     # Arguments as text, as mistral.rs before 0.9.0 hands them on, are printed as they are; others would quote them once
     # more (Qwen2.5, Llama 3, Mistral Nemo) or fail (Qwen3-Coder, GLM, MiniMax: `items`).
-    "takes_text": r"arguments is string\s*-?%\}(?!\s*\{\{-?\s*raise)|\+ *tool\['function'\]\['arguments'\]",
+    "takes_text": r"arguments is string\s*-?%\}(?!\s*\{\{-?\s*raise)",
+    # They are joined to text, so that objects fail: DeepSeek (which also wants no text beside calls), functionary.
+    "wants_text": r"\+ *tool\w*(\['function'\]|\[\"function\"\]|\.function)(\['arguments'\]|\[\"arguments\"\]|\.arguments)",
 }
 
 
@@ -775,9 +781,11 @@ def read_dialect(template: str) -> Dialect:
     if not template:
         return Dialect(takes_text=True)
     found = {name: re.search(sign, template) is not None for name, sign in SIGNS.items()}
-    calls = next((row.name for row in TOOL_FORMATS if row.sign and row.sign in template), "")
+    signs = ((row.name, row.sign.split()) for row in TOOL_FORMATS if row.sign)
+    calls = next((name for name, texts in signs if all(text in template for text in texts)), "")
     switch = "enable_thinking" if "enable_thinking" in template else "reasoning_effort" * (calls == "harmony")
-    return Dialect(calls=calls, hides_tools="tools" not in template, thinking=switch, **found)
+    hidden = {"hides_tools": "tools" not in template, "hides_calls": "tool_calls" not in template}
+    return Dialect(calls=calls, thinking=switch, **hidden, **found)
 
 
 def call_id(dialect: Dialect, identity: str, name: str, number: int) -> str:
@@ -968,20 +976,15 @@ def command_line(engine: Engine, model: Model, port: int, isq: str = "", extra: 
 
 def dialect_on(dialect: Dialect, version: Version) -> Dialect:
     """The dialect with what this engine leaves to us. Pure. Calls go into the text where the engine would drop them, or
-    hand them to the template in a form that it cannot use (DeepSeek's wants no text beside calls)."""
+    hand them to the template in a form that it cannot use."""
     can = {name: version >= since for name, since in SINCE.items()}
     unpacked = can["arguments as objects"] or dialect.takes_text
-    usable = (
-        not dialect.hides_tools
-        and can["calls in the history"]
-        and unpacked
-        and not dialect.calls.startswith("deepseek")
-    )
-    writes = not usable and dialect.calls != "harmony"  # harmony keeps calls in channels of their own
+    hidden = dialect.hides_tools or dialect.hides_calls or dialect.wants_text
+    writes = (hidden or not can["calls in the history"] or not unpacked) and dialect.calls != "harmony"
     return dataclasses.replace(
         dialect,
         writes_calls=writes,
-        writes_results=writes and (dialect.alternates or dialect.hides_tools),
+        writes_results=writes and (dialect.alternates or dialect.hides_tools or dialect.ties_results),
         opens_thinking=dialect.opens_thinking and not can["thinking apart from text"],
     )
 
@@ -1466,6 +1469,7 @@ class _Prompt:
         self._open: dict[str, str] = {}  # calls that have no result yet: id -> name
         self._held: list[str] = []  # reminders that came between a call and its result
         self._ids: dict[str, str] = {}  # id of the client -> id for the engine
+        self._later: dict[str, Json] = {}  # calls behind the first, where each needs a turn of its own
         self._calls = 0
 
     # What the model reads of blocks. What it cannot read is named, never dropped in silence.
@@ -1553,6 +1557,8 @@ class _Prompt:
         elif self._dialect.writes_results:
             self.add_user(f"<tool_response>\n{text}\n</tool_response>")
         else:
+            if identity in self._later:
+                self.messages.append({"role": "assistant", "content": "", "tool_calls": [self._later.pop(identity)]})
             named = {"name": name} if self._dialect.names_results else {}
             self.messages.append(
                 {"role": "tool", "tool_call_id": self._ids.get(identity, identity), **named, "content": text}
@@ -1598,7 +1604,10 @@ class _Prompt:
                 self._ids[identity] = call_id(self._dialect, identity, name, number)
                 function = {"name": name, "arguments": to_json(arguments)}
                 call = {"id": self._ids[identity], "type": "function", "function": function}
-                last.setdefault("tool_calls", []).append(call)
+                if self._dialect.one_call and last.get("tool_calls"):
+                    self._later[identity] = call
+                else:
+                    last.setdefault("tool_calls", []).append(call)
         self._calls += len(calls)
 
 
