@@ -1743,11 +1743,14 @@ def _messages(body: Json, target: Target, system: str, order: str) -> list[Json]
         prompt.add_user(system)
     elif system:
         prompt.messages.append({"role": "system", "content": system})
+    read: list[tuple[str, list[Json]]] = []
     for number, turn in enumerate(turns):
-        add_turn = _TURNS.get(str(as_object(turn).get("role")))
-        if add_turn is None:
+        role = str(as_object(turn).get("role"))
+        if role not in _TURNS:
             raise ApiError(400, f"messages.{number}.role: Input should be 'user', 'assistant' or 'system'")
-        add_turn(prompt, _blocks(turn.get("content"), f"messages.{number}.content"))
+        read.append((role, _blocks(turn.get("content"), f"messages.{number}.content")))
+    for role, group in itertools.groupby(read, key=lambda turn: turn[0]):
+        _TURNS[role](prompt, [block for _, blocks in group for block in blocks])
     prompt.close_calls()
     if all(message["role"] == "system" for message in prompt.messages):
         raise ApiError(400, "messages: at least one message with text content is required")
