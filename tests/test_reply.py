@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any
 
 import pytest
@@ -171,6 +172,138 @@ def test_calls_that_the_engine_parsed_are_taken_whole_and_as_deltas(deltas: list
     )
 
 
+def one(**call: Any) -> dict[str, Any]:
+    return {"function": {}, **call}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "calls"),
+    [
+        # a new id under the same index (Gemini's and Open WebUI's adapters)
+        (
+            [one(index=0, id="a", function={"name": "Bash", "arguments": '{"command": "x"}'})]
+            + [one(index=0, id="b", function={"name": "Get", "arguments": "{}"})],
+            [("Bash", {"command": "x"}), ("Get", {})],
+        ),
+        # neither index nor id, the name alone begins a call (Ollama)
+        (
+            [one(function={"name": "Get", "arguments": "{}"}), one(function={"name": "Get", "arguments": "{}"})],
+            [("Get", {}), ("Get", {})],
+        ),
+        # the name behind the id, and first as an empty text (Azure, vLLM)
+        (
+            [one(index=0, id="a", function={"name": ""}), one(index=0, function={"arguments": '{"a'})]
+            + [one(index=0, function={"name": "Get", "arguments": '": 1}'})],
+            [("Get", {"a": 1})],
+        ),
+        # id and name again in every delta, or as empty texts (MiniMax, DashScope)
+        (
+            [one(index=0, id="a", function={"name": "Get", "arguments": '{"a'})]
+            + [one(index=0, id="a", function={"name": "Get", "arguments": '": '})]
+            + [one(index=0, id="", function={"name": "", "arguments": "1}"})],
+            [("Get", {"a": 1})],
+        ),
+        # deltas of two calls mixed up after each began
+        (
+            [one(index=0, id="a", function={"name": "Get"}), one(index=1, id="b", function={"name": "Bash"})],
+            [("Get", {}), ("Bash", {})],
+        ),
+        ([one(index=0, function={"name": "Get", "arguments": None})], [("Get", {})]),
+    ],
+)
+def test_odd_deltas_of_calls_are_put_together(deltas: list[Any], calls: list[Any]) -> None:
+    events = play([*(chunk(None, tool_calls=[delta]) for delta in deltas), *says()])
+    assert_legal(events)
+    assert [(block["name"], block["input"]) for block in collect(events)["content"]] == calls
+
+
+def test_the_function_call_of_old_servers_is_a_call() -> None:
+    message = collect(
+        play([chunk(None, function_call={"name": "Get", "arguments": "{}"}), *says(finish="function_call")])
+    )
+    assert [block["name"] for block in message["content"]] == ["Get"] and message["stop_reason"] == "tool_use"
+
+
+def test_a_call_that_leaks_as_text_is_rescued_beside_the_engines_own() -> None:
+    message = collect(play([chunk(BASH_CALL), chunk(None, tool_calls=[CALL]), *says()]))
+    assert [block["name"] for block in message["content"]] == ["Bash", "Bash"]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["One. STOP"],
+        ["One. ST", "OP and more"],
+        list("One. STOP and"),
+        ["One. ", "STOP", BASH_CALL],
+        ["One. ", "S", "T", "OPP"],
+    ],
+)
+def test_a_stop_sequence_ends_the_reply_and_does_not_show(pieces: list[str]) -> None:
+    message = collect(play(says(*pieces), reply=new_reply(stops=["END", "STOP"])))
+    assert message["content"] == [{"type": "text", "text": "One. "}]
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "STOP")
+
+
+def test_the_beginning_of_a_stop_sequence_that_is_none_is_shown() -> None:
+    message = collect(play(says("One. ST", "EP. S"), reply=new_reply(stops=["STOP"])))
+    assert message["content"] == [{"type": "text", "text": "One. STEP. S"}]
+    assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
+
+
+@pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
+def test_a_stop_sequence_that_the_server_names_is_told(field: str) -> None:
+    last = {"choices": [{"delta": {}, "finish_reason": "stop", field: "END"}]}
+    message = collect(play([chunk("One."), "data: " + json.dumps(last) + "\n\n"], reply=new_reply(stops=["END"])))
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+    token = {"choices": [{"delta": {}, "finish_reason": "stop", field: 151645}]}
+    message = collect(play([chunk("One."), "data: " + json.dumps(token) + "\n\n"], reply=new_reply(stops=["END"])))
+    assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
+
+
+def test_a_stop_sequence_in_a_call_leaves_it_open() -> None:
+    message = collect(play(says(BASH_CALL.replace("ls", "ls STOP")), reply=new_reply(stops=["STOP"])))
+    assert (message["content"], message["stop_reason"]) == ([], "stop_sequence")
+
+
+def test_one_call_when_no_more_is_wanted() -> None:
+    for lines in (
+        says("A", BASH_CALL, "\n", BASH_CALL, "and more"),
+        [chunk("A", tool_calls=[CALL, {**CALL, "id": "c2", "index": 1}]), *says("B")],
+    ):
+        events = play(lines, reply=new_reply(one_call=True))
+        assert_legal(events)
+        message = collect(events)
+        assert [block["type"] for block in message["content"]].count("tool_use") == 1
+        assert message["stop_reason"] == "tool_use"
+
+
+def test_thinking_that_the_engine_told_apart_is_not_looked_for_in_the_text() -> None:
+    numbers = itertools.count(1)
+    reply = Reply("tiny", ToolText(TOOLS, thinks=True), lambda: str(next(numbers)))
+    message = collect(play([chunk(None, reasoning="hm"), *says("Yes.")], reply=reply))
+    assert [block["type"] for block in message["content"]] == ["thinking", "text"]
+
+
+def test_content_in_parts_is_read() -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "Yes."}]
+    line = "data: " + json.dumps({"choices": [{"delta": {"content": parts}}]}) + "\n\n"
+    assert [block["type"] for block in collect(play([line, *says()]))["content"]] == ["thinking", "text"]
+
+
+@pytest.mark.parametrize(
+    "choice", [{"finish_reason": "error", "delta": {}}, {"delta": {}, "error": {"message": "boom"}}]
+)
+def test_an_error_in_a_choice_is_an_error(choice: dict[str, Any]) -> None:
+    events = new_reply().feed({"choices": [choice]})
+    assert [event["type"] for event in events] == ["error"]
+
+
+def test_an_answer_without_anything_is_an_error_and_not_silence() -> None:
+    events = play(["data: [DONE]\n\n"])
+    assert events[-1]["type"] == "error" and "empty" in events[-1]["error"]["message"]
+
+
 def test_a_stream_that_breaks_off_is_an_error_and_nothing_follows_it() -> None:
     reply = new_reply()
     events = play([chunk("half")], done=False, reply=reply)
@@ -191,26 +324,65 @@ def test_usage_that_the_engine_does_not_give_is_estimated() -> None:
     }
 
 
+LIMITED = "This model's maximum context length is 4096 tokens. However, "
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "prompt", "limit"),
     [
-        (
-            "Prompt sequence length is greater than 4096, perhaps consider using `truncate_sequence`?",
-            "prompt is too long: 5000 tokens > 4096 maximum",
-        ),
-        (
-            '{"message": "Prompt sequence length is greater than 8192, perhaps"}',
-            "prompt is too long: 8193 tokens > 8192 maximum",
-        ),
-        (
-            '{"error": {"message": "This model\'s maximum context length is 2048 tokens."}}',
-            "prompt is too long: 5000 tokens > 2048 maximum",
-        ),
+        # mistral.rs
+        ("Prompt sequence length is greater than 4096, perhaps consider using `truncate_sequence`?", 5000, 4096),
+        ('{"message": "Prompt sequence length is greater than 8192, perhaps"}', 8193, 8192),
+        ("Sequence 3 exceeds the total KV cache capacity of 2048 tokens.", 5000, 2048),
+        ("The sequence is too long and exceeds KV cache size.", 5000, 4096),
+        # vLLM, from 0.9 to 0.33
+        (LIMITED + "you requested 9000 tokens in the messages, Please reduce", 9000, 4096),
+        (LIMITED + "you requested 9064 tokens (9000 in the messages, 64 in the completion).", 9000, 4096),
+        (LIMITED + "your request has 9001 input tokens. Please reduce the length of the input messages.", 9001, 4096),
+        (LIMITED + "your prompt contains 9002 input tokens, which exceeds this limit even without any output", 9002, 4096),
+        (LIMITED + "you requested 64 output tokens and your prompt contains 9003 input tokens, for a total of", 9003, 4096),
+        (LIMITED + "your prompt contains 100000 characters (more than 81280 characters, which is", 5000, 4096),
+        ("Input length (9004) exceeds model's maximum context length (4096).", 9004, 4096),
+        ("The decoder prompt (length 9005) is longer than the maximum model length of 4096. Make sure", 9005, 4096),
+        ("The prompt (total length 9006) is too long to fit into the model (context length 4096).", 9006, 4096),
+        # llama.cpp
+        ('{"error":{"code":400,"message":"request (9007 tokens) exceeds the available context size (4096 tokens), try "}}', 9007, 4096),
+        ("the request exceeds the available context size, try increasing it", 5000, 4096),
+        ("Context size has been exceeded.", 5000, 4096),
+        ("Requested tokens (9008) exceed context window of 4096", 9008, 4096),
+        # SGLang, LM Studio, TGI, OpenAI, Ollama
+        ("The input (9009 tokens) is longer than the model's context length (4096 tokens).", 9009, 4096),
+        ("Input length (9010 tokens) exceeds the maximum allowed length (4096 tokens). Use a shorter input", 9010, 4096),
+        ('{"error": "The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 9011>= n_ctx: 4096)."}', 9011, 4096),
+        ("Cannot truncate prompt with n_keep (9012) >= n_ctx (4096)", 9012, 4096),
+        ("Trying to keep the first 9013 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens, which", 9013, 4096),
+        ("`inputs` must have less than 4096 tokens. Given: 9014", 9014, 4096),
+        (LIMITED + "your messages resulted in 9015 tokens. Please reduce the length of the messages.", 9015, 4096),
+        ("Input tokens exceed the configured limit of 4096 tokens. Your messages resulted in 9016 tokens.", 9016, 4096),
+        ("the prompt is longer than the context length currently available to the model", 5000, 4096),
+        ('{"detail":"Request needs 10017 context tokens (9017 prompt + 1000 max generation), but MAX_KV_SIZE is 4096."}', 9017, 4096),
     ],
-)
-def test_an_overflow_is_told_in_the_words_that_make_the_client_compact(text: str, message: str) -> None:
-    error = engine_error(422, text, 5000)
-    assert (error.status, error.message) == (400, message)
+)  # fmt: skip
+def test_an_overflow_is_told_in_the_words_that_make_the_client_compact(text: str, prompt: int, limit: int) -> None:
+    error = engine_error(422, text, 5000, 4096)
+    assert (error.status, error.message) == (400, f"prompt is too long: {prompt} tokens > {limit} maximum")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LIMITED + "you requested 5000 tokens (3000 in the messages, 2000 in the completion).",
+        LIMITED + "you requested 2000 output tokens and your prompt contains 3000 input tokens, for a total of 5000",
+        "'max_tokens' is too large: 2000. This model's maximum context length is 4096 tokens and your request has 3000 input tokens",
+        ("Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 5000 tokens: "
+        "3000 tokens from the input messages and 2000 tokens for the completion."),
+        "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 3000 `inputs` tokens and 2000 `max_new_tokens`",
+        "Request needs 5000 context tokens (3000 prompt + 2000 max generation), but MAX_KV_SIZE is 4096.",
+    ],
+)  # fmt: skip
+def test_an_answer_that_would_be_too_long_is_told_so_that_the_client_asks_for_less(text: str) -> None:
+    error = engine_error(400, text, 3000, 4096)
+    assert error.message == "input length and `max_tokens` exceed context limit: 3000 + 2000 > 4096"
 
 
 @pytest.mark.parametrize(
@@ -222,6 +394,10 @@ def test_an_overflow_is_told_in_the_words_that_make_the_client_compact(text: str
         (503, "", "503"),
         (200, "[1]", "[1]"),
         (404, '{"detail": "x"}', "x"),
+        (400, '{"error": "in words"}', "in words"),
+        (429, '{"detail": {"error": {"message": "inside"}}}', "inside"),
+        (400, '{"object": "error", "message": "flat", "code": 400}', "flat"),
+        (500, '{"error": {"code": 7}}', "7"),
     ],
 )
 def test_any_other_error_keeps_its_words(status: int, text: str, shown: str) -> None:
@@ -235,10 +411,19 @@ def test_plain_text_in_the_stream_is_no_chunk() -> None:
 
 
 def test_lines_are_found_wherever_the_bytes_are_cut() -> None:
-    data = 'data: {"a": "é😀"}\r\n\r\n: comment\nevent: x\ndata: two\n\ndata:[DONE]\n\n'.encode()
+    data = 'data: {"a": "é😀"}\r\n\r\n: comment\nevent: x\ndata:\ndata: two\n\ndata:[DONE]\n\n'.encode()
     for cut in range(len(data)):
         stream = EventStream()
         assert stream.feed(data[:cut]) + stream.feed(data[cut:]) == ['{"a": "é😀"}', "two", "[DONE]"]
+
+
+def test_a_long_line_in_many_pieces_is_read_in_time() -> None:
+    stream, started = EventStream(), time.monotonic()
+    for _ in range(20_000):
+        assert stream.feed(b"x" * 1000) == []
+    stream.feed(b"\ndata: ")
+    assert stream.feed(b"1\n") == ["1"] and time.monotonic() - started < 2
+    assert EventStream().feed(b'error: {"code": 400}\n\ndata: [DONE]\n') == ['{"code": 400}', "[DONE]"]
 
 
 # As mistralrs 0.8.1 sent it (shortened): a role in every delta, calls null, the usage in the last chunk only.
