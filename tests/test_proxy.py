@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import pytest
 from fake_engine import FakeEngine, chunk, fake_engine, says
 from test_reply import assert_legal
+from tool_formats import CODE, WRITTEN
 
 import anyclaude
 from anyclaude import Proxy, Target
@@ -410,3 +415,185 @@ def test_a_body_in_chunks_is_read_wherever_it_is_cut() -> None:
         body = anyclaude.ChunkedBody()
         assert b"".join(body.feed(data[at : at + size]) for at in range(0, len(data), size)) == b"hello\n0123456789"
         assert body.ended
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_search_that_cannot_be_made_gets_an_honest_answer_without_the_engine(stream: bool) -> None:
+    with serving(says("Made up.")) as (proxy, engine):
+        tools = [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]
+        status, _, content = ask(proxy, body={**REQUEST, "tools": tools, "stream": stream})
+        assert status == 200 and engine.requests == []
+        assert b"web search is not available here" in content and b"end_turn" in content
+        ask(proxy, body={**REQUEST, "tools": [*tools, BASH]})
+        assert [tool["function"]["name"] for tool in engine.requests[0]["tools"]] == ["Bash"]
+
+
+def padded(words: int) -> dict[str, Any]:
+    return {**REQUEST, "messages": [{"role": "user", "content": "lorem ipsum dolor " * words}]}
+
+
+def test_a_prompt_that_cannot_fit_is_refused_without_the_engine() -> None:
+    with fake_engine(lambda request: says("x")) as engine, proxy_for(engine.url, window=1000) as proxy:
+        status, _, content = ask(proxy, body=padded(2000))
+        assert status == 400 and engine.requests == []
+        assert re.search(rb"prompt is too long: \d+ tokens > 1000 maximum", content)
+        assert ask(proxy, body={**padded(100), "max_tokens": 5000})[0] == 200
+        assert 300 < engine.requests[0]["max_tokens"] < 900
+
+
+def counted(answer: Any) -> int:
+    return int(json.loads(answer[2])["input_tokens"])
+
+
+def test_after_three_replies_tokens_are_counted_within_five_percent_and_in_time(tmp_path: Path) -> None:
+    def tokens(request: dict[str, Any]) -> int:  # this engine's tokenizer: 10 a message, 2 a word
+        return sum(10 + 2 * len(str(message["content"]).split()) for message in request["messages"])
+
+    memory = tmp_path / "tokens.json"
+    with fake_engine(lambda request: says("x", prompt_tokens=tokens(request))) as engine:
+        with Proxy(0, Target(engine.url, "tiny"), memory=memory) as proxy:
+            for words in (200, 700, 1500):
+                ask(proxy, body=padded(words))
+            asked = len(engine.requests)
+            for words in (300, 1000, 1800, 4000):
+                count = counted(ask(proxy, path="/v1/messages/count_tokens", body=padded(words)))
+                assert abs(count / tokens(padded(words)) - 1) < 0.05
+            assert len(engine.requests) == asked
+        assert memory.stat().st_mode & 0o777 == 0o600 and "lorem" not in memory.read_text()
+        with Proxy(0, Target(engine.url, "tiny"), memory=memory) as proxy:  # the next session knows it still
+            count = counted(ask(proxy, path="/v1/messages/count_tokens", body=padded(1000)))
+            assert abs(count / tokens(padded(1000)) - 1) < 0.05
+            large = {**padded(5000), "tools": [BASH] * 100}
+            took = []
+            for _ in range(5):
+                started = time.monotonic()
+                ask(proxy, path="/v1/messages/count_tokens", body=large)
+                took.append(time.monotonic() - started)
+            assert min(took) < 0.02
+        memory.write_text("{broken")
+        with Proxy(0, Target(engine.url, "tiny"), memory=memory) as proxy:
+            assert ask(proxy, body=padded(200))[0] == 200
+
+
+def test_an_exact_count_of_the_engine_is_used_if_it_comes_in_time() -> None:
+    def answer(request: dict[str, Any]) -> tuple[int, str]:
+        if "slow" in str(request["messages"]):
+            time.sleep(0.2)
+        return (200, '{"input_tokens": 4321}') if request["system"] else (500, "broken")
+
+    with fake_engine(answer) as engine, proxy_for(engine.url, counts=True) as proxy:
+        path = "/v1/messages/count_tokens"
+        exact = [counted(ask(proxy, path=path, body={**REQUEST, "system": "S"})) for _ in range(5)]
+        assert 4321 in exact  # in time, once it is warm
+        assert engine.requests[0]["messages"] == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+        assert counted(ask(proxy, path=path)) < 200
+        slow = {**REQUEST, "system": "S", "messages": [{"role": "user", "content": "slow"}]}
+        started = time.monotonic()
+        assert counted(ask(proxy, path=path, body=slow)) < 200 and time.monotonic() - started < 0.15
+
+
+def test_stops_and_single_calls_are_kept_through_the_proxy() -> None:
+    call = '<tool_call>\n{"name": "Bash", "arguments": {"command": "ls"}}\n</tool_call>'
+    with serving(says("One. STOP two"), says(call, call)) as (proxy, engine):
+        message = json.loads(ask(proxy, body={**REQUEST, "stop_sequences": ["STOP"]})[2])
+        assert (message["content"][0]["text"], message["stop_sequence"]) == ("One. ", "STOP")
+        assert engine.requests[0]["stop"] == ["STOP"]
+        choice = {"type": "auto", "disable_parallel_tool_use": True}
+        message = json.loads(ask(proxy, body={**REQUEST, "tools": [BASH], "tool_choice": choice})[2])
+        assert len(message["content"]) == 1
+
+
+def test_an_engine_that_goes_away_before_it_answers_is_an_overload() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drop() -> None:
+            connection, _ = listener.accept()
+            connection.recv(100)
+            connection.close()
+
+        thread = threading.Thread(target=drop)
+        thread.start()
+        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+            assert ask(proxy)[0] == 529
+        thread.join()
+    with serving((503, '{"error":{"message":"Loading model","type":"unavailable_error","code":503}}')) as (proxy, _):
+        status, _, content = ask(proxy, body={**REQUEST, "stream": True})
+        assert status == 529 and b"Loading model" in content and b"overloaded_error" in content
+
+
+SDK_REPLIES: dict[str, tuple[list[str], list[str], str]] = {
+    "text": (says("Hello", " there"), ["text"], "end_turn"),
+    "thinking and text": ([chunk(None, reasoning_content="hm"), *says("Yes.")], ["thinking", "text"], "end_turn"),
+    "calls": (
+        says(
+            "I look.", *WRITTEN["hermes"]("Bash", {"command": CODE}), "\n", WRITTEN["glm-4.5"]("Bash", {"command": "x"})
+        ),
+        ["text", "tool_use", "tool_use"],
+        "tool_use",
+    ),
+    "a call of the engine": (
+        [chunk(None, tool_calls=[{"function": {"name": "Bash", "arguments": "{}"}}]), *says()],
+        ["tool_use"],
+        "tool_use",
+    ),
+    "cut off": (
+        says(*WRITTEN["qwen3-coder"]("Bash", {"command": CODE})[:90], finish="length"),
+        ["tool_use"],
+        "max_tokens",
+    ),
+    "stopped": (says("One. ", "STOP"), ["text"], "stop_sequence"),
+    "nothing": (says(""), [], "end_turn"),
+}
+
+
+@pytest.mark.parametrize("name", SDK_REPLIES)
+def test_the_stream_helper_of_anthropics_sdk_reads_every_reply(name: str) -> None:
+    lines, kinds, reason = SDK_REPLIES[name]
+    with serving(lines) as (proxy, _):
+        client = anthropic.Anthropic(base_url=proxy.url, auth_token=proxy.token, api_key=None, max_retries=0)
+        ask_for: dict[str, Any] = {**REQUEST, "tools": [BASH], "stop_sequences": ["STOP"]}
+        with client.messages.stream(**ask_for) as stream:
+            events = [event.type for event in stream]
+            message = stream.get_final_message()
+        whole = client.messages.create(**ask_for)
+    assert [block.type for block in message.content] == kinds and message.stop_reason == reason
+    assert events[0] == "message_start" and events[-1] == "message_stop"
+    if reason != "max_tokens":
+        assert [block.type for block in whole.content] == kinds
+        strip = {"id"}
+        for one, other in zip(message.content, whole.content):
+            assert one.model_dump(exclude=strip) == other.model_dump(exclude=strip)
+    if name == "calls":
+        assert message.content[1].input == {"command": CODE}
+
+
+def test_errors_reach_the_sdk_as_its_own() -> None:
+    with serving((503, "Loading model"), (422, "Prompt sequence length is greater than 9"), [chunk("half")]) as (
+        proxy,
+        _,
+    ):
+        client = anthropic.Anthropic(base_url=proxy.url, auth_token=proxy.token, api_key=None, max_retries=0)
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            client.messages.create(**REQUEST)
+        assert caught.value.status_code == 529
+        with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+            client.messages.create(**REQUEST)
+        with pytest.raises(anthropic.APIStatusError), client.messages.stream(**REQUEST) as stream:
+            stream.get_final_message()
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_everything_and_nothing_is_far_off() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "bench.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
+    figures = dict(re.findall(r"(?m)^(\S.*?\S) {2,}(-?[\d,]+\.\d+) ", done.stdout))
+    assert len(figures) == 9, done.stdout + done.stderr
+    for name, limit in {"added to the first delta": 50, "cancel in prefill": 300, "cancel in stream": 300}.items():
+        assert float(figures[name]) < limit, done.stdout
+    assert float(figures["flat out"].replace(",", "")) > 3000, done.stdout  # other tests run beside it
+    assert float(figures["resident memory"]) < 60, done.stdout
