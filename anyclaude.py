@@ -1539,38 +1539,38 @@ class _Prompt:
     def user_turn(self, blocks: list[Json]) -> None:
         """A user turn; its tool results come first, each as a message of its own, next to the calls they answer."""
         images: list[str] = []
+        results: dict[str, str] = {}
         for block in blocks:
             if block.get("type") == "tool_result":
                 text = self._read(_blocks(block.get("content"), "tool_result.content"), images)
                 if block.get("is_error") and "error" not in text[:60].lower():
                     text = f"Error: {text}"
-                self._result(str(block.get("tool_use_id") or ""), text)
-        self.close_calls()
+                identity = str(block.get("tool_use_id") or "")
+                if identity in self._open and identity not in results:
+                    results[identity] = text
+                else:
+                    self._held.append(f"[result of an earlier tool call]\n{text}")
+        self.close_calls(results)
         seen = _join(f"[image {number}] of the tool result:" for number in range(1, len(images) + 1))
         text = self._read((block for block in blocks if block.get("type") != "tool_result"), images)
         self.add_user(_join((seen, text)), images)
 
-    def _result(self, identity: str, text: str) -> None:
-        name = self._open.pop(identity, None)
-        if name is None:
-            self._held.append(f"[result of an earlier tool call]\n{text}")
-        elif self._dialect.writes_results:
-            self.add_user(f"<tool_response>\n{text}\n</tool_response>")
-        else:
+    def close_calls(self, results: Mapping[str, str]) -> None:
+        """Give every open call its result, in the order of the calls: the client sends them as they ended, and most
+        templates tell them apart by their order alone. A call that was broken off gets one, too; templates insist."""
+        for identity, name in self._open.items():
+            text = results.get(identity, "[no result: the call was interrupted]")
+            if self._dialect.writes_results:
+                self.add_user(f"<tool_response>\n{text}\n</tool_response>")
+                continue
             if identity in self._later:
                 self.messages.append({"role": "assistant", "content": "", "tool_calls": [self._later.pop(identity)]})
             named = {"name": name} if self._dialect.names_results else {}
-            self.messages.append(
-                {"role": "tool", "tool_call_id": self._ids.get(identity, identity), **named, "content": text}
-            )
-
-    def close_calls(self) -> None:
-        """No more results will come: calls that were broken off get one, which templates insist on."""
-        for identity in list(self._open):
-            self._result(identity, "[no result: the call was interrupted]")
+            result = {"role": "tool", "tool_call_id": self._ids.get(identity, identity), **named, "content": text}
+            self.messages.append(result)
         for text in self._held:
             self.add_user(text)
-        self._held = []
+        self._open, self._held = {}, []
 
     def system_turn(self, blocks: list[Json]) -> None:
         """A system turn in mid-conversation, folded where it stands: moved to the front it would change the head of
@@ -1751,7 +1751,7 @@ def _messages(body: Json, target: Target, system: str, order: str) -> list[Json]
         read.append((role, _blocks(turn.get("content"), f"messages.{number}.content")))
     for role, group in itertools.groupby(read, key=lambda turn: turn[0]):
         _TURNS[role](prompt, [block for _, blocks in group for block in blocks])
-    prompt.close_calls()
+    prompt.close_calls({})
     if all(message["role"] == "system" for message in prompt.messages):
         raise ApiError(400, "messages: at least one message with text content is required")
     if prompt.messages[-1]["role"] == "assistant":  # no engine lets a model go on in the middle of a turn
@@ -1863,7 +1863,7 @@ class TokenCount:
 
     def learn(self, estimate: int, tokens: int) -> bool:
         """The engine counted `tokens` -> whether that was news."""
-        if (estimate, tokens) in self.pairs or not estimate / 4 < tokens < estimate * 4:
+        if (estimate, tokens) in self.pairs or not estimate / 10 < tokens < estimate * 10:
             return False
         self.pairs = [pair for pair in self.pairs if pair[0] != estimate][1 - self.KEPT :] + [(estimate, tokens)]
         return True

@@ -130,6 +130,12 @@ def engine(sandbox: Sandbox) -> Path:
     return program
 
 
+@pytest.fixture
+def wheel() -> Path:
+    """A Python that has mistral.rs as a module, which is newer than what can be built from the registry."""
+    return _tool("ANYCLAUDE_TEST_WHEEL", "the mistralrs wheel")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import make_tiny_model

@@ -8,8 +8,10 @@ import re
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from conftest import PROGRAM, Sandbox
 from fake_engine import fake_engine, says
 from test_engine import free_port, gone, wait_for
+from tool_formats import WRITTEN
 
 from anyclaude import (
     OUR_VARIABLES,
@@ -394,6 +397,105 @@ def test_claude_code_edits_a_file(sandbox: Sandbox, claude: Path) -> None:
         done = sandbox.run(*options, env={"ANYCLAUDE_TOOL_CALLS": "text"})
         assert (done.returncode, done.stdout.strip()) == (0, "The result has it."), done.stderr
     assert path.read_text() == f"def f():\n    {new}\n"
+
+
+OWN = {"ANYCLAUDE_TOOL_CALLS": "text"}
+
+
+def results(request: dict[str, Any]) -> list[dict[str, Any]]:
+    return [message for message in request["messages"] if message["role"] == "tool"]
+
+
+@pytest.mark.outside
+def test_claude_code_runs_parallel_calls(sandbox: Sandbox, claude: Path) -> None:
+    calls = [WRITTEN["qwen3-coder"]("Bash", {"command": f"echo {word}{word}"}) for word in ("plum", "pear")]
+
+    def answer(request: dict[str, Any]) -> list[str]:
+        return says("Both came.") if len(results(request)) == 2 else says("Both:\n\n", *calls)
+
+    with fake_engine(answer) as engine:
+        done = sandbox.run("--base-url", engine.url, "-p", "Do both", env=OWN)
+        assert (done.returncode, done.stdout.strip()) == (0, "Both came."), done.stderr
+        told = results(engine.requests[-1])
+        assert ["plumplum" in told[0]["content"], "pearpear" in told[1]["content"]] == [True, True], told
+        calls_made = engine.requests[-1]["messages"][-3]["tool_calls"]
+        assert [call["id"] for call in calls_made] == [result["tool_call_id"] for result in told]
+
+
+@pytest.mark.outside
+def test_claude_code_writes_four_hundred_lines(sandbox: Sandbox, claude: Path) -> None:
+    content = "".join(f"line {number}: <b>\"{number}\"</b> \\n {{'a': [1]}} </parameter>\n" for number in range(400))
+    path = sandbox.work / "long.txt"
+    write = WRITTEN["qwen3-coder"]("Write", {"file_path": str(path), "content": content})
+
+    def answer(request: dict[str, Any]) -> list[str]:
+        return says("Written.") if results(request) else says(*(write[at : at + 9] for at in range(0, len(write), 9)))
+
+    with fake_engine(answer) as engine:
+        options = ("--base-url", engine.url, "-p", "Write it", "--permission-mode", "acceptEdits")
+        done = sandbox.run(*options, env=OWN)
+        assert (done.returncode, done.stdout.strip()) == (0, "Written."), done.stderr
+    assert path.read_text() == content
+
+
+def png(side: int = 8) -> bytes:
+    """A grey picture."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        part(*one)
+        for one in ((b"IHDR", head), (b"IDAT", zlib.compress((b"\0" + b"\x80" * side) * side)), (b"IEND", b""))
+    )
+
+
+@pytest.mark.outside
+@pytest.mark.parametrize("sees", [True, False])
+def test_claude_code_shows_a_picture_to_a_model_that_sees(sandbox: Sandbox, claude: Path, sees: bool) -> None:
+    path = sandbox.work / "shot.png"
+    path.write_bytes(png())
+    call = WRITTEN["hermes"]("Read", {"file_path": str(path)})
+    with fake_engine(lambda request: says("Grey.") if results(request) else says(call)) as engine:
+        env = {**OWN, "ANYCLAUDE_VISION": str(sees)}
+        done = sandbox.run("--base-url", engine.url, "-p", "Look at it", env=env)
+        assert (done.returncode, done.stdout.strip()) == (0, "Grey."), done.stderr
+        last = engine.requests[-1]["messages"]
+        images = [part for message in last if isinstance(message["content"], list) for part in message["content"]]
+        urls = [part["image_url"]["url"] for part in images if part["type"] == "image_url"]
+        assert len(urls) == sees and all(url.startswith("data:image/") for url in urls)
+        assert sees or "this model cannot see images" in results(engine.requests[-1])[0]["content"]
+
+
+@pytest.mark.outside
+def test_an_overflow_ends_in_a_compaction_and_claude_code_goes_on(sandbox: Sandbox, claude: Path) -> None:
+    overflown: list[int] = []
+
+    def answer(request: dict[str, Any]) -> Any:
+        rounds = len(results(request))
+        if not overflown and rounds < 5:
+            return says(WRITTEN["hermes"]("Bash", {"command": f"echo round {rounds}"}))
+        if not overflown:
+            overflown.append(rounds)
+            return (422, '{"message": "Prompt sequence length is greater than 4096, perhaps consider using it"}')
+        overflown.append(rounds)
+        return says("<summary>It echoed.</summary>") if len(overflown) == 2 else says("Went on.")
+
+    with fake_engine(answer) as engine:
+        done = sandbox.run("--base-url", engine.url, "-p", "Echo five times", env=OWN)
+        assert (done.returncode, done.stdout.strip()) == (0, "Went on."), done.stderr
+        assert overflown[0] == 5 and len(overflown) == 3
+        assert "It echoed." in json.dumps(engine.requests[-1]["messages"])
+
+
+@pytest.mark.outside
+def test_an_engine_that_is_loading_is_waited_for_by_claude_code(sandbox: Sandbox, claude: Path) -> None:
+    answers: list[Any] = [(503, '{"error": {"message": "Loading model"}}')] * 2
+    with fake_engine(lambda request: answers.pop() if answers else says("Here.")) as engine:
+        done = sandbox.run("--base-url", engine.url, "-p", "Hello?")
+        assert (done.returncode, done.stdout.strip()) == (0, "Here."), done.stderr
+        assert len(engine.requests) >= 3
 
 
 @pytest.mark.outside

@@ -12,10 +12,13 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import anthropic
 import pytest
 from conftest import Sandbox
 from fake_engine import fake_engine
+from tiny_model import SCRIPTS, make_tiny_model
 
 from anyclaude import (
     GENERATIONS,
@@ -26,6 +29,7 @@ from anyclaude import (
     EngineShare,
     Model,
     Settings,
+    ToolText,
     birth,
     command_line,
     demo_reply,
@@ -486,6 +490,58 @@ def test_a_real_engine_serves_and_leaves_nothing_behind(sandbox: Sandbox, engine
         )
     end(process)
     assert gone(state["pid"]) and port_is_free(int(str(state["port"])))
+
+
+@pytest.mark.outside
+def test_a_real_engines_text_streams_as_arguments_and_its_counts_are_learned(
+    sandbox: Sandbox, engine: Path, tiny_model: Path
+) -> None:
+    process = sandbox.start("--proxy-only", "--model-path", str(tiny_model), "--engine-port", "0")
+    exported = ready(process)
+    client = anthropic.Anthropic(
+        base_url=exported["ANTHROPIC_BASE_URL"], auth_token=exported["ANTHROPIC_AUTH_TOKEN"], api_key=None
+    )
+    schema = {"type": "object", "properties": {"file_path": {"type": "string"}, "content": {"type": "string"}}}
+    tools: Any = [{"name": "Write", "input_schema": schema}]
+    turns: Any = [{"role": "user", "content": "@@write@@"}]
+    with client.messages.stream(model="m", max_tokens=400, messages=turns, tools=tools) as stream:
+        deltas = [event.partial_json for event in stream if event.type == "input_json"]
+        message = stream.get_final_message()
+    assert len(deltas) > 40
+    (block,) = message.content
+    content = "\n".join(f"line {number} of <b>it</b>" for number in range(1, 41))
+    assert block.type == "tool_use" and block.input == {"file_path": "notes.md", "content": content}
+    assert message.stop_reason == "tool_use"
+    message = client.messages.create(model="m", max_tokens=20, messages=turns, tools=tools)  # ends in the call
+    assert message.stop_reason == "max_tokens" and message.content == []
+    turns = [{"role": "user", "content": "@@long@@"}]
+    stopped = client.messages.create(model="m", max_tokens=400, messages=turns, stop_sequences=["la!"])
+    assert stopped.stop_reason == "stop_sequence" and stopped.stop_sequence == "la!"
+    (said,) = stopped.content
+    assert said.type == "text" and said.text == "la la "
+    counted = client.messages.count_tokens(model="m", messages=turns)
+    assert abs(counted.input_tokens - stopped.usage.input_tokens) <= 8  # before: 50
+    end(process)
+
+
+@pytest.mark.outside
+def test_calls_come_out_right_where_the_engines_own_parser_loses_their_arguments(wheel: Path, tmp_path: Path) -> None:
+    """mistral.rs since 0.8.2 masks the "{" behind "<tool_call>\\n"; and it knows no call without its opener."""
+    model = make_tiny_model(tmp_path / "Tiny", {name: SCRIPTS[name] for name in ("hello", "call", "seen", "unseen")})
+    other = make_tiny_model(tmp_path / "Other", {name: SCRIPTS[name] for name in ("hello", "coder", "seen", "unseen")})
+    program = Path(__file__).parent / "in_process_engine.py"
+    wanted = {"call": {"command": "ls -1", "description": "List files"}, "coder": {"command": "ls -a"}}
+    for folder, script in ((model, "call"), (other, "coder")):
+        command = [str(wheel), str(program), str(folder), f"@@{script}@@"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        told = [json.loads(line[2:]) for line in done.stdout.splitlines() if line.startswith("@ ")]
+        auto, none = told
+        assert (auto["choice"], none["choice"]) == ("auto", "none")
+        assert wanted[script] not in [json.loads(arguments) for _, arguments in auto["calls"]], auto
+        parser = ToolText({"Bash": {"properties": {"command": {"type": "string"}}}})
+        events = [event for text in none["texts"] for event in parser.feed(text)] + parser.end(True)
+        assert ("call", "Bash") in events and not none["calls"]
+        assert json.loads("".join(text for kind, text in events if kind == "arguments")) == wanted[script]
 
 
 @pytest.mark.outside

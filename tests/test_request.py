@@ -450,6 +450,15 @@ def test_every_result_stands_behind_its_call_and_every_call_has_one() -> None:
     assert made[-1]["role"] == "tool"
 
 
+def test_results_stand_in_the_order_of_their_calls_not_in_that_in_which_they_ended() -> None:
+    made = messages(
+        ("user", "go"),
+        ("assistant", [use("a"), use("b")]),
+        ("user", [result("b", "two"), text("and"), result("a", "one")]),
+    )
+    assert [message["content"] for message in made[2:]] == ["one", "two", "and"]
+
+
 # What the model reads.
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
@@ -655,7 +664,7 @@ def test_the_estimate_learns_what_the_engine_counts() -> None:
     assert counter.corrected(1000) == 1000 and counter.doubt > 0.3
     for estimate, tokens in ((1000, 1250), (2000, 2480), (3000, 3790)):
         assert counter.learn(estimate, tokens)
-    assert not counter.learn(1000, 1250) and not counter.learn(50, 5000)
+    assert not counter.learn(1000, 1250) and not counter.learn(50, 50_000)
     assert counter.doubt <= 0.1
     for estimate, tokens in ((3500, 4400), (1500, 1870), (20_000, 25_000)):
         assert abs(counter.corrected(estimate) / tokens - 1) < 0.02
