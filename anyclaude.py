@@ -1337,60 +1337,37 @@ ERROR_KINDS = {  # HTTP status -> Anthropic's name for it. Source: the Anthropic
 }
 BILLING_BLOCK = "x-anthropic-billing-header:"  # the client's first system text; it differs per conversation
 
-_TEXT, _PATH = {"type": "string"}, {"type": "string", "description": "Absolute path of a file or folder"}
-_RANGE = {"type": "array", "items": {"type": "integer"}, "description": "First and last line; -1: to the end"}
-COMPUTER_ACTIONS = """key type mouse_move left_click left_click_drag right_click middle_click double_click triple_click
-    screenshot cursor_position hold_key left_mouse_down left_mouse_up scroll wait"""
 # Tools that the client runs and that have no schema of their own in the request: prefix of their type -> what they do,
-# parameters, required ones. Source: Anthropic's documentation of these tools, and the types of its SDK.
-CLIENT_TOOLS: dict[str, tuple[str, Json, list[str]]] = {
+# and their parameters as `name: kind`, * marks what is required. Source: Anthropic's documentation of these tools.
+CLIENT_TOOLS = {
     "bash_": (
-        "Run commands in a shell that stays open between calls.",
-        {
-            "command": {"type": "string", "description": "The command to run. Required unless restart is given."},
-            "restart": {"type": "boolean", "description": "Start the shell anew."},
-        },
-        [],
+        "Run a command in a shell that stays open between calls; restart: start the shell anew instead.",
+        "command: string, restart: boolean",
     ),
     "text_editor_": (
-        "View, create and edit text files.",
-        {
-            "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
-            "path": _PATH,
-            "file_text": {"type": "string", "description": "For create: the whole text."},
-            "old_str": {"type": "string", "description": "For str_replace: the text to replace, which occurs once."},
-            "new_str": {"type": "string", "description": "For str_replace: the new text."},
-            "insert_line": {
-                "type": "integer",
-                "description": "For insert: the line behind which to insert; 0: in front.",
-            },
-            "insert_text": {"type": "string", "description": "For insert: the text to insert."},
-            "view_range": _RANGE,
-        },
-        ["command", "path"],
+        (
+            "View, create and edit text files. path is absolute. create writes file_text; str_replace replaces old_str, which must "
+            "occur once, by new_str; insert puts insert_text behind line insert_line; view_range: first and last line, -1: the end."
+        ),
+        (
+            "command*: view|create|str_replace|insert, path*: string, file_text: string, old_str: string, new_str: string, "
+            "insert_line: integer, insert_text: string, view_range: integers"
+        ),
     ),
     "memory_": (
-        "View and edit the files in /memories, which last from session to session.",
-        {
-            "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]},
-            **{name: _PATH for name in ("path", "old_path", "new_path")},
-            **{name: _TEXT for name in ("file_text", "old_str", "new_str", "insert_text")},
-            "insert_line": {"type": "integer"},
-            "view_range": _RANGE,
-        },
-        ["command"],
+        "View and edit the files in /memories, which last from session to session; as a text editor, with delete and rename.",
+        (
+            "command*: view|create|str_replace|insert|delete|rename, path: string, old_path: string, new_path: string, "
+            "file_text: string, old_str: string, new_str: string, insert_line: integer, insert_text: string, view_range: integers"
+        ),
     ),
     "computer_2": (
-        "Use the computer's screen, mouse and keyboard.",
-        {
-            "action": {"type": "string", "enum": COMPUTER_ACTIONS.split()},
-            **{name: {"type": "array", "items": {"type": "integer"}} for name in ("coordinate", "start_coordinate")},
-            "text": _TEXT,
-            "scroll_direction": {"type": "string", "enum": ["up", "down", "left", "right"]},
-            "scroll_amount": {"type": "integer"},
-            "duration": {"type": "number"},
-        },
-        ["action"],
+        "Use the screen, mouse and keyboard of the computer. coordinate is [x, y] in pixels, duration in seconds.",
+        (
+            "action*: key|type|mouse_move|left_click|left_click_drag|right_click|middle_click|double_click|triple_click|screenshot|"
+            "cursor_position|hold_key|left_mouse_down|left_mouse_up|scroll|wait, coordinate: integers, start_coordinate: integers, "
+            "text: string, scroll_direction: up|down|left|right, scroll_amount: integer, duration: number"
+        ),
     ),
 }
 # In content that is no text of its own, the keys under which there is something to read. All others are identifiers,
@@ -1525,9 +1502,11 @@ class _Prompt:
         last = self.messages[-1] if self.messages else {}
         if not text and not images:
             return
-        if last.get("role") == "tool" and self._dialect.alternates and not images:
-            last["content"] = _join((last["content"], text))
-            return
+        if last.get("role") == "tool" and self._dialect.alternates:
+            if not images:
+                last["content"] = _join((last["content"], text))
+                return
+            self.messages.append({"role": "assistant", "content": "I look at it."})
         if last.get("role") != "user":
             last = {"role": "user", "content": ""}
             self.messages.append(last)
@@ -1638,9 +1617,20 @@ def _client_tools(body: Json) -> dict[str, tuple[str, Json]]:
             continue
         known = next((row for prefix, row in CLIENT_TOOLS.items() if kind.startswith(prefix)), None)
         if known and isinstance(name, str):
-            description, properties, required = known
-            tools[name] = (description, {"type": "object", "properties": properties, "required": required})
+            tools[name] = (known[0], _published_schema(known[1]))
     return tools
+
+
+def _published_schema(parameters: str) -> Json:
+    """The JSON schema of parameters as in CLIENT_TOOLS."""
+    pairs = [part.split(": ") for part in parameters.split(", ")]
+    integers: Json = {"type": "array", "items": {"type": "integer"}}
+
+    def schema(kind: str) -> Json:
+        return {"type": "string", "enum": kind.split("|")} if "|" in kind else {"type": kind}
+
+    properties = {name.rstrip("*"): integers if kind == "integers" else schema(kind) for name, kind in pairs}
+    return {"type": "object", "properties": properties, "required": [name[:-1] for name, _ in pairs if name[-1] == "*"]}
 
 
 def callable_tools(body: Json) -> dict[str, Json]:
