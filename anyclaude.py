@@ -23,6 +23,7 @@ The file reads top to bottom, and a section uses only those above it:
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -633,7 +634,7 @@ TOOL_FORMATS = (
     ToolFormat(
         "qwen3-coder",  # Qwen3-Coder, Qwen3.5, Nemotron-3, Step-3.5; the opener is often missing (llama.cpp#16755)
         "<parameter=",
-        "(<tool_call>)\n<function={name}>\n{parameters}</function>\n(</tool_call>)",
+        '(<tool_call>)\n<function=(?"){name}(?")>\n{parameters}</function>\n(</tool_call>)',
         "<parameter={key}>\n{value}\n</parameter>\n",
         between="\n",
     ),
@@ -696,21 +697,25 @@ TOOL_FORMATS = (
         "(<|start|>assistant)<|channel|>(?analysis)(commentary) to=functions.{name} (<|constrain|>)(json)<|message|>{arguments}"
         "<|call|>",
     ),
-    ToolFormat("gemma", "<|tool_call>", "<|tool_call>call:{name}{arguments}<tool_call|>", quote='<|"|>'),  # Gemma 4
+    ToolFormat("gemma", "<|tool_call>", "<|tool_call>(?:)call:{name}{arguments}<tool_call|>", quote='<|"|>'),  # Gemma 4
     ToolFormat(
         "functiongemma",
         "<start_function_call>",
         "<start_function_call>call:{name}{arguments}<end_function_call>",
         quote="<escape>",
     ),
-    ToolFormat("mistral-v11", "[CALL_ID]", "[TOOL_CALLS]{name}[CALL_ID]{id}([ARGS]){arguments}"),  # Small 3.2
-    ToolFormat("mistral", "[ARGS]", "[TOOL_CALLS]{name}([ARGS]){arguments}"),  # Devstral, Ministral 3
-    ToolFormat("mistral-list", "[TOOL_CALLS]", "[TOOL_CALLS] ([){json}(])"),  # 7B v0.3, Nemo, Large 2411, Small 3.1
+    ToolFormat("mistral-v11", "[CALL_ID]", "[TOOL_CALLS]{name}[CALL_ID]{id}([ARGS]){arguments}(?</s>)"),  # Small 3.2
+    ToolFormat("mistral", "[ARGS]", "[TOOL_CALLS]{name}([ARGS]){arguments}(?</s>)"),  # Devstral, Ministral 3
+    ToolFormat(
+        "mistral-list", "[TOOL_CALLS]", "[TOOL_CALLS] ([){json}(])(?</s>)"
+    ),  # 7B v0.3, Nemo, Large 2411, Small 3.1
     ToolFormat("llama-function", "<function=", "<function={name}>{arguments}</function>"),
     ToolFormat("llama", "<|python_tag|>", "<|python_tag|>{json}(?;)", inner="parameters"),  # Llama 3.1, 3.3
     ToolFormat("granite", "<|tool_call|>", "<|tool_call|>([){json}(])(?<|/tool_call|>)"),  # Granite 3, Phi-4-mini
     ToolFormat("hunyuan", "<tool_calls>", "<tool_calls>([){json}(])</tool_calls>"),
-    ToolFormat("hermes", "<tool_call>", "<tool_call>\n{json}\n</tool_call>", between="\n"),  # Qwen2.5, Qwen3, Hermes
+    ToolFormat(
+        "hermes", "<tool_call>", "<tool_call>\n(?[){json}(?])\n</tool_call>", between="\n"
+    ),  # Qwen2.5, Qwen3, Hermes
     ToolFormat("bare", '"parameters": ', "(?[){json}(?;)(?])", inner="parameters"),  # Llama 3.2
 )
 
@@ -1482,9 +1487,12 @@ class _Prompt:
     def _read_document(self, block: Json, images: list[str]) -> str:
         source = as_object(block.get("source"))
         title = " ".join(str(block.get(key) or "") for key in ("title", "context")).strip()
-        kind, content = source.get("type"), source.get("content")
+        kind, content, data = source.get("type"), source.get("content"), str(source.get("data") or "")
+        if kind == "base64" and str(source.get("media_type")).startswith("text/"):
+            with contextlib.suppress(ValueError):
+                kind, data = "text", base64.b64decode(data, validate=True).decode("utf-8", "replace")
         if kind == "text":
-            return _join((title, str(source.get("data") or "")))
+            return _join((title, data))
         if kind == "content":
             return _join((title, self._read(_blocks(content, "document.source.content"), images)))
         what = source.get("url") or source.get("media_type") or kind
@@ -1522,7 +1530,7 @@ class _Prompt:
         for block in blocks:
             if block.get("type") == "tool_result":
                 text = self._read(_blocks(block.get("content"), "tool_result.content"), images)
-                if block.get("is_error") and "error" not in text[:60].lower():
+                if block.get("is_error") and not re.match(r"(?i)\W*(tool_use_)?error", text):
                     text = f"Error: {text}"
                 identity = str(block.get("tool_use_id") or "")
                 if identity in self._open and identity not in results:
@@ -1691,6 +1699,8 @@ def _thinking_fields(body: Json, dialect: Dialect, plain: bool) -> Json:
     effort = as_object(body.get("output_config")).get("effort")
     if dialect.thinking == "enable_thinking":
         return {"enable_thinking": kind != "disabled" and not plain}
+    if dialect.thinking == "reasoning_effort" and kind == "disabled" and "thinking" in body:
+        return {"reasoning_effort": "low"}
     if dialect.thinking == "reasoning_effort":
         return {"reasoning_effort": {"low": "low", "medium": "medium"}.get(str(effort), "high" if effort else "medium")}
     return {}
@@ -1738,6 +1748,8 @@ def _messages(body: Json, target: Target, system: str, order: str) -> list[Json]
         role = str(as_object(turn).get("role"))
         if role not in _TURNS:
             raise ApiError(400, f"messages.{number}.role: Input should be 'user', 'assistant' or 'system'")
+        if "content" not in turn and role != "system":
+            raise ApiError(400, f"messages.{number}.content: Field required")
         read.append((role, _blocks(turn.get("content"), f"messages.{number}.content")))
     for role, group in itertools.groupby(read, key=lambda turn: turn[0]):
         _TURNS[role](prompt, [block for _, blocks in group for block in blocks])
@@ -1763,13 +1775,13 @@ def translate_request(body: Any, target: Target) -> Json:
     order = "" if target.forces_calls and not target.own_tools else _forced(body, tools)
     shape = as_object(as_object(body.get("output_config")).get("format")) or as_object(body.get("output_format"))
     schema = shape.get("schema") if shape.get("type") == "json_schema" else None
-    wanted, stops = body.get("max_tokens"), stop_sequences(body)
+    wanted, stops = body.get("max_tokens", target.max_tokens), stop_sequences(body)
+    if type(wanted) is not int or wanted < 0:
+        raise ApiError(400, "max_tokens: Input should be a valid integer")
     request: Json = {
         "model": target.model,
         "messages": _messages(body, target, system, order),
-        "max_tokens": max(1, min(wanted, target.max_tokens))
-        if type(wanted) is int and wanted >= 0
-        else target.max_tokens,
+        "max_tokens": max(1, min(wanted, target.max_tokens)),
         "stream": True,
         "stream_options": {"include_usage": True},
         **target.sampling,
@@ -1778,7 +1790,7 @@ def translate_request(body: Any, target: Target) -> Json:
         **_thinking_fields(body, target.dialect, schema is not None),
         **({"stop": stops} if stops else {}),
     }
-    if isinstance(schema, dict):
+    if isinstance(schema, dict) and target.dialect.calls != "harmony":  # its grammar would forbid the channels
         request["response_format"] = {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
     return request
 
@@ -1792,12 +1804,10 @@ def fit_to_window(request: Json, tokens: int, doubt: float, window: int) -> Json
     """The request with max_tokens held to what the window still has behind a prompt of about `tokens`; `doubt`: the
     part by which that may be too much. Raises ApiError for a prompt that surely does not fit."""
     least = int(tokens * (1 - doubt))
-    if not window:
-        return request
-    if least >= window:
+    if window and least >= window:
         raise prompt_too_long(tokens, window)
-    rest = window - least
-    return {**request, "max_tokens": rest} if rest < request["max_tokens"] else request
+    rest = window - (tokens if tokens < window else least)
+    return {**request, "max_tokens": rest} if 0 < rest < request["max_tokens"] else request
 
 
 _LETTERS, _DIGITS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", b"0123456789"
@@ -1894,8 +1904,11 @@ Reader = Generator[None, None, Any]  # a parser that yields when it needs more t
 Grown = tuple[re.Pattern[str], re.Pattern[str]]  # matches a whole thing, and all that can still become one
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_FENCE = re.compile(r"[ \t]*(```|~~~)")
+_FENCE = re.compile(
+    r"[ \t]*(`{3,}(?=[^`]*\Z)|~{3,})(.*)", re.DOTALL
+)  # an opening one; CommonMark, "Fenced code blocks"
 _PLAIN_JSON = re.compile(r"[^\"'\\\x00-\x1f]+|'")  # inside a string, up to what needs a look
+_HEX = frozenset("0123456789abcdefABCDEF")
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _IS_JSON_WORD = re.compile(r"true|false|null|-?\d+(\.\d+)?([eE][+-]?\d+)?").fullmatch
 
@@ -1936,6 +1949,11 @@ class JsonRepair:
         closers = "".join("}" if bracket == "{" else "]" for bracket in reversed(self._stack))
         self._stack, self._held, self.done = [], "", True
         return "".join(out) + closers
+
+    @property
+    def nested(self) -> bool:
+        """Whether a bracket is open."""
+        return bool(self._stack)
 
     def _end_word(self, out: list[str], following: str) -> None:
         if self._word:
@@ -1987,7 +2005,12 @@ class JsonRepair:
         if len(self._quote) > 1:
             return self._in_raw_string(text, at, out)
         if self._escaped:
+            code = text[at + 1 : at + 5]
+            if char == "u" and len(code) < 4 and all(digit in _HEX for digit in code):
+                return at  # more text will tell whether that is a character's code
             self._escaped = False
+            if char == "u" and not all(digit in _HEX for digit in code):
+                out.append("\\")
             out.append(
                 "\\" + char if char in '"\\/bfnrtu' else "'" if char == "'" else "\\\\" + _ESCAPES.get(char, char)
             )
@@ -2043,13 +2066,15 @@ def _types(schema: Any, root: Json, depth: int = 0) -> set[str]:
 
 
 def _coerce(value: str) -> str:
-    """A parameter's text as the JSON that it is; what is none stays a string: the client tells the model what it
-    should have been."""
-    text = _WORDS.get(value.strip(), value.strip())
-    try:
-        return to_json(json.loads(text))
-    except (ValueError, RecursionError):
-        return to_json(value)
+    """A parameter's text as the JSON that it is, repaired if need be; what is none stays a string: the client tells the
+    model what it should have been."""
+    repair = JsonRepair()
+    used, text = repair.feed(value.strip())
+    text += repair.close() if not repair.stopped and not repair.nested else ""
+    with contextlib.suppress(ValueError, RecursionError):
+        if used == len(value.strip()):
+            return to_json(json.loads(text))
+    return to_json(value)
 
 
 # How thinking is written: its opener and its closer. Source: the chat templates of Qwen3, DeepSeek-R1 and GLM-4.5 (the
@@ -2070,10 +2095,9 @@ _LEAKS = """
     <|start_header_id|>assistant<|end_header_id|> <end_of_turn> <start_of_turn>model <turn|> <|turn>model
     <|tool_response> <｜end▁of▁sentence｜> <|startoftext|> <|begin_of_text|> <|start|>assistant<|channel|>final<|message|>
     <|start|>assistant<|channel|>commentary<|message|> <|channel|>final<|message|> <|channel|>commentary<|message|>
-    <|return|> <|call|> <|end|> <|user|> <|assistant|> <|observation|> <|END_OF_TURN_TOKEN|> <|eot|> [e~[ <|endofturn|>
-    <eos> </s>"""
-LEAKS = (*_LEAKS.split(), *(closer for _, closer in THINKING))
-END_TOKENS = ("</s>", "<eos>")  # these could also be meant: they count only at the end of a reply
+    <|return|> <|call|> <|end|> <|user|> <|assistant|> <|observation|> <|END_OF_TURN_TOKEN|> <|eot|> [e~[ <|endofturn|> <eos> <|python_tag|>"""
+_CONSTRAINED = "<|channel|>final <|constrain|>json<|message|>"
+LEAKS = ("<|start|>assistant" + _CONSTRAINED, _CONSTRAINED, *_LEAKS.split(), *(closer for _, closer in THINKING))
 
 
 # What a row of TOOL_FORMATS consists of: a {field}, what may be missing (in parentheses), white space, a literal.
@@ -2096,8 +2120,8 @@ def _grown(pattern: str, followers: Sequence[str] = ()) -> Grown:
     """The regular expressions of (a part of) a row; `followers`: literals, one of which must come next."""
     whole, partial = _expressions(pattern)
     if followers:
-        whole += r"\s*(?=" + "|".join(map(re.escape, followers)) + ")"
-        partial += r"\s*(?:" + "|".join(map(_prefixes, followers)) + r")\Z"
+        whole += r"\s{0,99}(?=" + "|".join(map(re.escape, followers)) + ")"
+        partial += r"\s{0,99}(?:" + "|".join(map(_prefixes, followers)) + r")\Z"
     return re.compile(whole), re.compile(partial)
 
 
@@ -2111,7 +2135,7 @@ def _expressions(pattern: str) -> tuple[str, str]:
             inner_whole, inner_partial = _expressions(atom["option"])
             whole, partial = f"{whole}(?:{inner_whole})?", f"{partial}(?:{inner_partial})?"
         elif atom["space"]:
-            whole, partial = whole + r"\s*", partial + r"\s*"
+            whole, partial = whole + r"\s{0,99}", partial + r"\s{0,99}"
         else:
             literal = re.escape(atom["literal"])
             whole, partial = whole + literal, f"{partial}(?:{literal}|{_prefixes(atom['literal'])}\\Z)"
@@ -2130,6 +2154,15 @@ def _finder(words: tuple[str, ...], at_the_end: bool = False) -> re.Pattern[str]
     whole = "|".join(map(re.escape, longest_first)) or "(?!)"
     begun = "|".join(re.escape(word[0]) + _prefixes(word[1:]) for word in longest_first if word[1:]) or "(?!)"
     return re.compile(f"({whole})" if at_the_end else rf"({whole})|(?:{begun})\Z")
+
+
+def _fence_behind(fence: str, line: str) -> str:
+    """The fence of the code block that is open behind `line`, if `fence` was open in front of it."""
+    if fence:
+        inner = line.strip()
+        return "" if inner.startswith(fence) and not inner.strip(fence[0]) else fence
+    found = _FENCE.match(line)
+    return found[1] if found else ""
 
 
 class _Shape:
@@ -2188,7 +2221,7 @@ class ToolText:
         self._fresh = True  # no text since the beginning, the last call or the last thinking
         self._said: list[str] = []  # since `_in_code` was last asked
         self._line, self._ticks = "", 0  # the line that is being said: how it begins, its backticks
-        self._fenced = self._spanned = False
+        self._spanned, self._fence = False, ""  # in code between backticks; the fence of the code block that is open
         self._shown: set[str] = set()  # closers of thinking whose opener was shown as text
         self._events: list[TextEvent] = []
         self._parser = self._run()
@@ -2250,11 +2283,12 @@ class ToolText:
         text = "".join(self._said)
         self._said.clear()
         *lines, last = (self._line + text).split("\n")
-        self._fenced ^= sum(_FENCE.match(line) is not None for line in lines) % 2 == 1
+        for line in lines:
+            self._fence = _fence_behind(self._fence, line)
         self._line = last[:99]  # enough to see a fence
         self._ticks = text.rpartition("\n")[2].count("`") + (0 if lines else self._ticks)
         self._spanned = "`" not in text if self._spanned else self._ticks % 2 == 1 and text.endswith("`")
-        return self._spanned or self._fenced != (_FENCE.match(last) is not None)
+        return self._spanned or bool(_fence_behind(self._fence, last))
 
     # Small steps. Each looks at the buffer from `_at`, and yields when that is not enough to decide.
 
@@ -2344,29 +2378,7 @@ class ToolText:
         if fragment:
             self._events.append(("arguments", fragment))
 
-    def _think(self, text: str) -> None:
-        self._events.append(("thinking", text))
-
     # Readers.
-
-    def _think_from_the_start(self) -> Reader:
-        """Thinking whose opener was the end of the prompt. A model that never closes it has answered without
-        thinking: what it said is then its answer."""
-        (opener, closer), said = THINKING[0], []
-        yield from self._space()
-        if not (yield from self._literal(opener)):
-            self._at = 0
-        self._take(self._at)
-
-        def think(text: str) -> None:
-            said.append(text)
-            self._think(text)
-
-        end = yield from self._flow(think, (closer, *CALLS_BEGIN))
-        if end:
-            self._take(len(end) if end == closer else 0)
-        elif self._natural:
-            self._say("".join(said).strip())
 
     def _read_thinking(self) -> Reader:
         for opener, closer in THINKING:
@@ -2376,23 +2388,47 @@ class ToolText:
                     self._shown.add(closer)
                     return False
                 self._take(self._at)
-                end = yield from self._flow(self._think, (closer, *CALLS_BEGIN))
-                self._take(len(end) if end == closer else 0)
+                yield from self._think_until(closer, answers=False)
                 return True
         return False
+
+    def _think_from_the_start(self) -> Reader:
+        """Thinking whose opener was the end of the prompt."""
+        opener, closer = THINKING[0]
+        yield from self._space()
+        if not (yield from self._literal(opener)):
+            self._at = 0
+        self._take(self._at)
+        yield from self._think_until(closer, answers=True)
+
+    def _think_until(self, closer: str, answers: bool) -> Reader:
+        """Thinking up to its closer. What is never closed is searched for calls, so that the model's turn does not end
+        in silence; `answers`: without one, it was the answer."""
+        said: list[str] = []
+
+        def think(text: str) -> None:
+            said.append(text)
+            self._events.append(("thinking", text))
+
+        end = yield from self._flow(think, (closer, *CALLS_BEGIN))
+        self._take(len(end) if end == closer else 0)
+        if end or not self._natural:
+            return
+        inner = ToolText(self._tools)
+        found = inner.feed("".join(said).strip()) + inner.end(natural=True)
+        calls = [event for event in found if event[0] in ("call", "arguments")]
+        self._events += calls or (found if answers else [])
 
     def _pass_leak(self, only_at_the_end: bool) -> Reader:
         """A special token that the engine should have kept, or the closer of a thinking block that was never opened."""
         undecided = self._undecided
-        for token in LEAKS:
+        for token in LEAKS if self._natural or not undecided else ():
             self._at = 0
-            if token in self._shown or not (yield from self._literal(token)):
-                continue
-            end = self._at
-            at_the_end = not (yield from self._space()) if only_at_the_end or token in END_TOKENS else True
-            if at_the_end:
-                self._take(end)
-                return True
+            if token not in self._shown and (yield from self._literal(token)):
+                end = self._at
+                if not only_at_the_end or not (yield from self._space()):
+                    self._take(end)
+                    return True
         self._undecided = undecided
         return False
 
@@ -2591,28 +2627,29 @@ STOP_REASONS = {
 OVERFLOWS = (
     r"Prompt sequence length is greater than (?P<limit>\d+)",
     r"exceeds the total KV cache capacity of (?P<limit>\d+)",
-    r"too long and exceeds KV cache size",
     r"context length is (?P<limit>\d+) tokens.{0,40}requested \d+ tokens \((?P<prompt>\d+) in .{0,20}?, (?P<output>\d+) in",
-    r"context length is (?P<limit>\d+) tokens.{0,40}requested (?P<output>\d+) output tokens and your prompt contains (?:at least )?(?P<prompt>\d+) input",
+    r"context length is (?P<limit>\d+) tokens.{0,40}requested (?P<output>\d+) output tokens and your prompt contains (?P<prompt>\d+) input",
+    r"max_(?:completion_)?tokens=(?P<output>\d+) cannot be greater than max_model_len=(?P<limit>\d+)",
     r"too large: (?P<output>\d+)\. This model's maximum context length is (?P<limit>\d+) tokens and your request has (?P<prompt>\d+)",
     r"maximum context length of (?P<limit>\d+) tokens\..{0,60}: (?P<prompt>\d+) tokens from the input.{0,20} and (?P<output>\d+) tokens",
     r"(?P<prompt>\d+) (?:prompt|`inputs` tokens) (?:\+|and) (?P<output>\d+).{0,60}?(?:MAX_KV_SIZE is (?P<limit>\d+))",
     r"must be <= (?P<limit>\d+)\. Given: (?P<prompt>\d+) `inputs` tokens and (?P<output>\d+)",
     r"must have less than (?P<limit>\d+) tokens\. Given: (?P<prompt>\d+)",
-    r"context length is (?P<limit>\d+) tokens.{0,50}?(?:has|contains|resulted in|requested)(?: about| at least)? (?P<prompt>\d+) (?:input )?tokens",
+    r"context length is (?P<limit>\d+) tokens.{0,50}?(?:has|contains|resulted in|requested)(?: about)? (?P<prompt>\d+) (?:input )?tokens",
     r"context length is (?P<limit>\d+) tokens",
     r"[Ii]nput length \(?(?P<prompt>\d+)(?: tokens)?\)? exceeds .{0,40}?length \(?(?P<limit>\d+)",
     r"\(length (?P<prompt>\d+)\).{0,90}?maximum model length of (?P<limit>\d+)",
     r"\(total length (?P<prompt>\d+)\).{0,60}?context length (?P<limit>\d+)",
     r"input \((?P<prompt>\d+) tokens\) is (?:longer|larger) than .{0,40}?\((?P<limit>\d+) tokens\)",
     r"request \((?P<prompt>\d+) tokens\) exceeds the available context size \((?P<limit>\d+)",
-    r"exceeds the available context size",
-    r"n_keep: (?P<prompt>\d+) *>= n_ctx: (?P<limit>\d+)",
-    r"n_keep \((?P<prompt>\d+)\) >= n_ctx \((?P<limit>\d+)\)",
+    r"n_keep:? \(?(?P<prompt>\d+)\)? *>= n_ctx:? \(?(?P<limit>\d+)",
     r"first (?P<prompt>\d+) tokens when context the overflows.{0,60}?length of only (?P<limit>\d+)",
     r"Requested tokens \((?P<prompt>\d+)\) exceed context window of (?P<limit>\d+)",
     r"configured limit of (?P<limit>\d+) tokens\. Your messages resulted in (?P<prompt>\d+)",
-    r"[Cc]ontext size has been exceeded|exceeds the context window|longer than the context length|context_length_exceeded",
+    (
+        r"too long and exceeds KV cache size|exceeds the available context size|[Cc]ontext size has been exceeded|"
+        r"exceeds the context (?:window|length)|(?:longer|greater) than the context length|context_length_exceeded"
+    ),
 )
 
 
@@ -2644,28 +2681,32 @@ def _error_text(value: Any) -> str:
 
 def engine_error(status: int, text: str, prompt_tokens: int, window: int = 0) -> ApiError:
     """An engine's error (JSON or plain text) in the client's words. An overflow makes the client compact and go on."""
+    whole = text
     with contextlib.suppress(ValueError, RecursionError):
         text = _error_text(json.loads(text)) or text
     for pattern in OVERFLOWS:
-        found = re.search(pattern, text, re.DOTALL)
+        found = re.search(pattern, text, re.DOTALL) or re.search(pattern, whole, re.DOTALL)
         if found:
             numbers = {name: int(number) for name, number in found.groupdict().items() if number}
             limit = numbers.get("limit", window or prompt_tokens - 1)
             prompt, output = numbers.get("prompt", prompt_tokens), numbers.get("output", 0)
-            if output and prompt < limit:
+            if output and prompt < limit - 1000:  # the client asks for limit - prompt - 1000 then
                 sums = f"{prompt} + {output} > {limit}"
                 return ApiError(400, f"input length and `max_tokens` exceed context limit: {sums}")
             return prompt_too_long(prompt, limit)
     message = f"the engine: {text.strip() or f'HTTP status {status}'}"
-    return ApiError(529 if status == 503 else status if status >= 400 else 500, message)
+    if status in (401, 403):
+        message += " (check apiKey in ~/.anyclauderc.json)"
+    refused = 400 <= status < 500 and status not in (413, 429)  # its 401 is none of the client's: no cause to log in
+    return ApiError(400 if refused else 529 if status == 503 else status if status >= 400 else 500, message)
 
 
 def read_chunk(payload: str) -> Json | None:
     """A chunk of the engine; None for an error, which older generations send as plain text."""
     with contextlib.suppress(ValueError, RecursionError):
         chunk = as_object(from_json(payload))
-        if not chunk.get("error") and chunk.keys() & {"choices", "usage"}:
-            return chunk
+        if chunk.get("choices") or not chunk.keys() & {"error", "message", "detail"}:
+            return chunk if isinstance(from_json(payload), dict) else None
     return None
 
 
@@ -2708,7 +2749,7 @@ class Reply:
         self._space = ""  # white space that shows only if text follows
         self._calls = 0
         self._muted = False  # the call behind the only one that is allowed has begun
-        self._engine_call: Json = {}  # the call of the engine's that is being read
+        self._engine_calls: list[Json] = []
         self._reason = ""
         self._output = 0
         self.counted = False  # the engine has told the prompt's tokens
@@ -2743,6 +2784,8 @@ class Reply:
         if self._state == "ended":
             return []
         choice = as_object(next(iter(as_list(chunk.get("choices"))), None))
+        if not choice and not chunk.get("usage"):
+            return []
         if choice.get("error") or choice.get("finish_reason") in ("error", "abort"):
             return self.fail(ApiError(500, f"the engine: {_error_text(choice) or 'it broke off'}"))
         first = self.start()
@@ -2777,10 +2820,12 @@ class Reply:
         first = self.start()
         self._apply(self._text.feed(self._stop.end()))
         self._apply(self._text.end(natural=self._reason != "length" and not self._stop.found))
-        self._begin_engine_call()
+        self._hand_on_calls(final=True)
         self._close()
         self._state = "ended"
         reason = STOP_REASONS.get(self._reason, "end_turn")
+        if any(call.get("cut") for call in self._engine_calls):  # whatever the engine calls it
+            reason = "max_tokens"
         if self._stop.found:
             reason = "stop_sequence"
         elif self._calls and reason != "max_tokens":
@@ -2846,32 +2891,33 @@ class Reply:
             self._calls += 1
             self._open("tool_use", id=call_id or "toolu_" + self._new_id(), name=name, input={})
 
-    def _call_of_engine(self, call: Json) -> None:
+    def _call_of_engine(self, delta: Json) -> None:
         """A call that the engine parsed: whole or as deltas; index and id may be missing, the name come late or again and
-        again, and several calls share an index."""
-        function, last = as_object(call.get("function")), self._engine_call
-        same_id = not call.get("id") or not last.get("id") or call["id"] == last["id"]
-        known = last and same_id and call.get("index") in (None, last["index"])
-        if known and call.get("index") is None and not call.get("id") and function.get("name") and last.get("name"):
-            known = False  # nothing tells it from the last but that it has a name again
-        if not known:
-            self._begin_engine_call()
-            self._engine_call = last = {"index": call.get("index"), "arguments": ""}
-        last["id"], last["name"] = last.get("id") or call.get("id"), last.get("name") or function.get("name")
-        arguments = function.get("arguments")
-        if arguments:
-            last["arguments"] += arguments if isinstance(arguments, str) else to_json(arguments)
-        self._begin_engine_call()
+        again, several calls share an index, and their deltas be mixed."""
+        function = as_object(delta.get("function"))
+        call = next((call for call in reversed(self._engine_calls) if _continues(delta, function, call)), None)
+        if call is None:
+            call = {"index": delta.get("index"), "arguments": "", "json": JsonRepair()}
+            self._engine_calls.append(call)
+        call["id"], call["name"] = call.get("id") or delta.get("id"), call.get("name") or function.get("name")
+        arguments = function.get("arguments") or ""
+        call["arguments"] += arguments if isinstance(arguments, str) else to_json(arguments)
+        self._hand_on_calls(final=False)
 
-    def _begin_engine_call(self) -> None:
-        """Hand on what there is of the engine's call, once its name is known."""
-        call = self._engine_call
-        if call.get("name") and not call.get("begun"):
-            call["begun"] = True
-            self._begin_call(str(call["name"]), str(call.get("id") or ""))
-        if call.get("begun") and call["arguments"] and self._block == "tool_use" and not self._muted:
-            self._delta("input_json_delta", partial_json=call["arguments"])
-            call["arguments"] = ""
+    def _hand_on_calls(self, final: bool) -> None:
+        """Hand on the engine's calls one after the other, each as far as it came; the next begins when one is whole."""
+        for call in self._engine_calls:
+            if not call.get("begun") and call.get("name"):
+                call["begun"] = True
+                self._begin_call(str(call["name"]), str(call.get("id") or ""))
+            if call.get("begun") and call["arguments"] and self._block == "tool_use" and not self._muted:
+                self._delta("input_json_delta", partial_json=call["arguments"])
+            if call.get("begun"):
+                call["json"].feed(call["arguments"])
+                call["arguments"] = ""
+                call["cut"] = final and call["json"].nested
+            if not final and not call["json"].done:
+                return
 
     def _open(self, kind: str, **content: Any) -> None:
         if self._block != kind:
@@ -2897,6 +2943,15 @@ def _contents(content: Any) -> Iterator[TextEvent]:
             yield from ((kind, text) for text in texts if text and isinstance(text, str))
 
 
+def _continues(delta: Json, function: Json, call: Json) -> bool:
+    """Whether a delta of an engine's call belongs to `call`."""
+    if delta.get("id") and call.get("id"):
+        return bool(delta["id"] == call["id"])
+    if delta.get("index") is not None:
+        return bool(delta["index"] == call["index"])
+    return not (function.get("name") and call.get("name"))  # nothing tells it but that it has no name again
+
+
 def encode_events(events: Iterable[Event]) -> bytes:
     """Events as server-sent events."""
     lines = (f"event: {event['type']}\ndata: {to_json(event)}\n\n" for event in events)
@@ -2906,31 +2961,39 @@ def encode_events(events: Iterable[Event]) -> bytes:
 def collect(events: Iterable[Event]) -> Json:
     """The message that a whole stream of events describes. Raises ApiError if it ended in an error."""
     message: Json = {}
-    arguments = ""
+    arguments: dict[int, str] = {}  # of the calls, by the number of their block
     for event in events:
         kind, blocks = event["type"], message.get("content", [])
         if kind == "message_start":
             message = {**event["message"], "content": []}
         elif kind == "content_block_start":
             blocks.append(dict(event["content_block"]))
-            arguments = ""
         elif kind == "content_block_delta":
             (name, fragment) = next((key, value) for key, value in event["delta"].items() if key != "type")
             if name == "partial_json":
-                arguments += fragment
+                arguments[event["index"]] = arguments.get(event["index"], "") + fragment
             else:
                 blocks[-1][name] += fragment
-        elif kind == "content_block_stop" and blocks[-1]["type"] == "tool_use":
-            try:
-                blocks[-1]["input"] = json.loads(arguments or "{}")
-            except ValueError:
-                blocks.pop()  # a call that was cut off must not look like one to run; the stop reason says so
         elif kind == "message_delta":
             message.update(event["delta"], usage=event["usage"])
+            for number, text in arguments.items():
+                blocks[number]["input"] = _arguments_of(text)
+            if message["stop_reason"] != "tool_use":  # a call that was cut off must not look like one to run
+                message["content"] = [block for block in blocks if "invalid_json" not in block.get("input", ())]
         elif kind == "error":
             statuses = {name: status for status, name in ERROR_KINDS.items()}
             raise ApiError(statuses.get(event["error"]["type"], 500), event["error"]["message"])
     return message
+
+
+def _arguments_of(text: str) -> Json:
+    """The input of a call. What is no JSON object is handed over under a name that no tool knows: the client tells the
+    model."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    return {"invalid_json": text}
 
 
 # === 8 Proxy ==================================================================================
@@ -2940,7 +3003,7 @@ def collect(events: Iterable[Event]) -> Json:
 FIRST_WORD_SECONDS = 2.0  # before the reply is begun: an error can still have its HTTP status
 PING_SECONDS = 5.0
 STALL_SECONDS = 900.0
-COUNT_SECONDS = 0.012  # for the engine's own count of tokens
+COUNT_SECONDS = 0.01  # for the engine's own count of tokens
 BODY_LIMIT = 64 << 20  # bytes
 NOT_AVAILABLE = "{} is not available here: a local model answers, and no such service is behind it. Nothing was done."
 DEBUG_LOG_LIMIT = 10 << 20

@@ -209,6 +209,12 @@ def one(**call: Any) -> dict[str, Any]:
             [("Get", {}), ("Bash", {})],
         ),
         ([one(index=0, function={"name": "Get", "arguments": None})], [("Get", {})]),
+        (
+            [one(index=0, id="a", function={"name": "Get"}), one(index=1, id="b", function={"name": "Bash"})]
+            + [one(index=1, function={"arguments": '{"command"'}), one(index=0, function={"arguments": '{"a": 1}'})]
+            + [one(index=1, function={"arguments": ': "x"}'})],
+            [("Get", {"a": 1}), ("Bash", {"command": "x"})],
+        ),
     ],
 )
 def test_odd_deltas_of_calls_are_put_together(deltas: list[Any], calls: list[Any]) -> None:
@@ -222,6 +228,24 @@ def test_the_function_call_of_old_servers_is_a_call() -> None:
         play([chunk(None, function_call={"name": "Get", "arguments": "{}"}), *says(finish="function_call")])
     )
     assert [block["name"] for block in message["content"]] == ["Get"] and message["stop_reason"] == "tool_use"
+
+
+def test_a_call_of_the_engines_that_was_cut_off_is_not_to_be_run() -> None:
+    call = {"index": 0, "id": "a", "function": {"name": "Bash", "arguments": '{"command": "rm -r /tmp/x'}}
+    message = collect(play([chunk(None, tool_calls=[call]), *says(finish="tool_calls")]))  # as gpt-oss' parser says
+    assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+
+
+@pytest.mark.parametrize("arguments", ['{"command": "a" "b"}', "5", "[]", '{"a": 1}}'])
+def test_arguments_that_are_no_object_are_handed_over_for_the_client_to_refuse(arguments: str) -> None:
+    call = {"index": 0, "id": "a", "function": {"name": "Bash", "arguments": arguments}}
+    message = collect(play([chunk(None, tool_calls=[call]), *says(finish="stop")]))
+    assert message["content"][0]["input"] == {"invalid_json": arguments} and message["stop_reason"] == "tool_use"
+
+
+def test_what_is_neither_a_chunk_nor_an_error_is_passed_over() -> None:
+    message = collect(play(['data: {"type": "ping"}\n\n', "data: {}\n\n", *says("Hi")]))
+    assert message["content"] == [{"type": "text", "text": "Hi"}]
 
 
 def test_a_call_that_leaks_as_text_is_rescued_beside_the_engines_own() -> None:
@@ -341,6 +365,10 @@ LIMITED = "This model's maximum context length is 4096 tokens. However, "
         (LIMITED + "your request has 9001 input tokens. Please reduce the length of the input messages.", 9001, 4096),
         (LIMITED + "your prompt contains 9002 input tokens, which exceeds this limit even without any output", 9002, 4096),
         (LIMITED + "you requested 64 output tokens and your prompt contains 9003 input tokens, for a total of", 9003, 4096),
+        (LIMITED + "you requested 64 output tokens and your prompt contains at least 4033 input tokens, for a total of", 5000, 4096),
+        ('{"error": {"message": "Too long.", "code": "context_length_exceeded"}}', 5000, 4096),
+        ("the input length exceeds the context length", 5000, 4096),
+        (LIMITED + "you requested 5000 tokens (3500 in the messages, 1500 in the completion).", 4097, 4096),
         (LIMITED + "your prompt contains 100000 characters (more than 81280 characters, which is", 5000, 4096),
         ("Input length (9004) exceeds model's maximum context length (4096).", 9004, 4096),
         ("The decoder prompt (length 9005) is longer than the maximum model length of 4096. Make sure", 9005, 4096),
@@ -395,6 +423,7 @@ def test_an_answer_that_would_be_too_long_is_told_so_that_the_client_asks_for_le
         (200, "[1]", "[1]"),
         (404, '{"detail": "x"}', "x"),
         (400, '{"error": "in words"}', "in words"),
+        (401, "no", "check apiKey"),  # and no 401 for the client, which would ask for a login
         (429, '{"detail": {"error": {"message": "inside"}}}', "inside"),
         (400, '{"object": "error", "message": "flat", "code": 400}', "flat"),
         (500, '{"error": {"code": 7}}', "7"),
@@ -402,7 +431,9 @@ def test_an_answer_that_would_be_too_long_is_told_so_that_the_client_asks_for_le
 )
 def test_any_other_error_keeps_its_words(status: int, text: str, shown: str) -> None:
     error = engine_error(status, text, 1)
-    assert shown in error.message and error.status == {200: 500, 503: 529}.get(status, status)
+    assert shown in error.message and error.status == {200: 500, 503: 529, 404: 400, 422: 400, 401: 400}.get(
+        status, status
+    )
 
 
 def test_plain_text_in_the_stream_is_no_chunk() -> None:

@@ -113,6 +113,10 @@ def test_content_beside_calls_is_empty_text_and_never_null() -> None:
 
 
 def test_an_error_result_is_visible_as_one() -> None:
+    made = messages(
+        ("user", "go"), ("assistant", [use("t")]), ("user", [result("t", "0 errors, 1 crash", is_error=True)])
+    )
+    assert made[2]["content"] == "Error: 0 errors, 1 crash"
     made = messages(("user", "go"), ("assistant", [use("t")]), ("user", [result("t", "no such file", is_error=True)]))
     assert made[2]["content"] == "Error: no such file"
     made = messages(
@@ -197,7 +201,8 @@ def test_limits_sampling_and_stops() -> None:
         "stop": ["END"],
     }
     assert translate(target, max_tokens=10)["max_tokens"] == 10
-    assert translate(target, max_tokens=True)["max_tokens"] == 1000
+    assert translate(target, max_tokens=0)["max_tokens"] == 1
+    assert translate(target)["max_tokens"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -491,6 +496,10 @@ def test_the_image_in_a_tool_result_follows_it_as_an_image_of_the_user() -> None
         ({"type": "document", "title": "T", "source": {"type": "text", "data": "the text"}}, "T\n\nthe text"),
         ({"type": "document", "source": {"type": "content", "content": [text("inner")]}}, "inner"),
         ({"type": "document", "source": {"type": "content", "content": "inner"}}, "inner"),
+        (
+            {"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "dGhlIHRleHQ="}},
+            "the text",
+        ),
         ({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}}, "pdf"),
         (
             {"type": "document", "source": {"type": "url", "url": "https://example.com/a.pdf"}},
@@ -603,6 +612,7 @@ def test_parallel_calls_can_be_switched_off() -> None:
         ("reasoning_effort", {"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
         ("reasoning_effort", {"output_config": {"effort": "xhigh"}}, {"reasoning_effort": "high"}),
         ("reasoning_effort", {}, {"reasoning_effort": "medium"}),
+        ("reasoning_effort", {"thinking": {"type": "disabled"}}, {"reasoning_effort": "low"}),
         ("", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}, {}),
     ],
 )
@@ -634,6 +644,10 @@ def test_stops_without_text_are_left_out() -> None:
         ("top_k", 1.5),
         ("top_k", -1),
         ("stop_sequences", "END"),
+        ("max_tokens", "many"),
+        ("max_tokens", -1),
+        ("max_tokens", True),
+        ("messages", [{"role": "user"}]),
         ("stop_sequences", [1]),
         ("tools", {"name": "x"}),
         ("tools", [{"name": "x"}]),
@@ -652,7 +666,7 @@ def test_max_tokens_are_held_to_what_the_window_still_has() -> None:
     request = translate(max_tokens=1000)
     assert fit_to_window(request, 500, 0.1, 0) == request
     assert fit_to_window(request, 500, 0.1, 10_000) == request
-    assert fit_to_window(request, 1000, 0.1, 1500)["max_tokens"] == 600
+    assert fit_to_window(request, 1000, 0.1, 1500)["max_tokens"] == 500
     with pytest.raises(ApiError, match="prompt is too long: 2000 tokens > 1500 maximum") as caught:
         fit_to_window(request, 2000, 0.1, 1500)
     assert caught.value.status == 400

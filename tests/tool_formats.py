@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 TOOLS: dict[str, dict[str, Any]] = {
@@ -258,15 +259,37 @@ SHAPES: dict[str, tuple[str, list[Any]]] = {
         '<think>one</think><tool_call>{"name": "Get"}</tool_call>\n<think>two</think>Done.',
         [("thinking", "one"), *GET, ("text", "\n"), ("thinking", "two"), ("text", "Done.")],
     ),
-    "leaked tokens": ("Hello.<|im_end|>\n<|im_start|>assistant\nMore.</s>", [("text", "Hello.\n\nMore.")]),
+    "a name in quotes": ('<tool_call>\n<function="Get">\n</function>\n</tool_call>', GET),
+    "hermes: a list in the tag": ('<tool_call>[{"name": "Get", "arguments": {}}]</tool_call>', GET),
+    "gemma: one colon more": ("<|tool_call>:call:Get{}<tool_call|>", GET),
+    "harmony: an answer in JSON": ('<|channel|>final <|constrain|>json<|message|>{"a": 1}', [("text", '{"a": 1}')]),
+    "llama: Python behind the tag": ("<|python_tag|>print(1)", [("text", "print(1)")]),
+    "a path in JSON": (
+        '<tool_call>{"name": "Bash", "arguments": {"command": "C:\\users\\u00e9\\u12"}}</tool_call>',
+        call("Bash", {"command": "C:\\usersé\\u12"}),
+    ),
+    "Python's words and commas in a parameter": (
+        WRITTEN["qwen3-coder"]("Write", {"tags": "['a', True, ]", "meta": "{'k': None,}"}),
+        call("Write", {"tags": ["a", True], "meta": {"k": None}}),
+    ),
+    "a call in thinking that is never closed": (
+        '<think>I do it.\n<tool_call>\n{"name": "Get", "arguments": {}}\n</tool_call>',
+        [("thinking", 'I do it.\n<tool_call>\n{"name": "Get", "arguments": {}}\n</tool_call>'), *GET],
+    ),
+    "a fence in one line is none": (
+        '```ls``` lists files.\n<tool_call>{"name": "Get"}</tool_call>',
+        [("text", "```ls``` lists files.\n"), *GET],
+    ),
+    "leaked tokens": ("Hello.<|im_end|>\n<|im_start|>assistant\nMore.<|eot_id|>", [("text", "Hello.\n\nMore.")]),
     "a leaked token behind code": ("```\nx\n```<|im_end|>", [("text", "```\nx\n```")]),
     "a leaked token behind an open fence": ("```\nx <|eot_id|>", [("text", "```\nx ")]),
 }
+LEAK = re.compile(r"<\|call\|>|<\|python_tag\|>")  # these never show, whatever stands around them
 NO_CALLS = [
-    *(write("Nope", {"command": "ls"}).replace("<|call|>", "") for write in [*WRITTEN.values(), *BARE.values()]),
+    *(LEAK.sub("", write("Nope", {"command": "ls"})) for write in [*WRITTEN.values(), *BARE.values()]),
     *(f"Like this:\n```\n{write('Bash', {'command': 'ls'})}\n```\nThat is all." for write in WRITTEN.values()),
     *(f"It is `{write('Bash', {'command': 'ls'})}`" for write in WRITTEN.values()),
-    *("One writes " + write("Bash", {"command": "ls"}).replace("<|call|>", "") for write in BARE.values()),
+    *("One writes " + LEAK.sub("", write("Bash", {"command": "ls"})) for write in BARE.values()),
     "<tool_call>",
     "<tool_call>\n",
     "A <tool_call> is XML. <function=Bash> is too. Bash(command) and [TOOL_CALLS] are not.",
@@ -284,6 +307,9 @@ NO_CALLS = [
     '[{"name": "x"}]',
     "{}",
     "to=functions.",
+    '````md\n```\n<tool_call>{"name": "Get"}</tool_call>\n```\n````\n',
+    '~~~\n```\n<tool_call>{"name": "Get"}</tool_call>\n~~~~ no\n',
+    "Old: <s>gone</s>",
     "</s> is an end tag, and <s>so on</s>.",
     "`<|im_end|>` ends a turn. So:\n```\n<|im_start|>user\nhi<|im_end|>\n```\n",
 ]
