@@ -42,6 +42,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -657,7 +658,7 @@ TOOL_FORMATS = (
     ToolFormat(
         "kimi",  # Kimi-K2
         "<|tool_call_argument_begin|>",
-        "<|tool_call_begin|>(functions.){name}(:{number})<|tool_call_argument_begin|>{arguments}<|tool_call_end|>",
+        "<|tool_call_begin|>(functions.){name}(:{number})(? )<|tool_call_argument_begin|>{arguments}<|tool_call_end|>",
         before="<|tool_calls_section_begin|>",
         after="<|tool_calls_section_end|>",
     ),
@@ -688,13 +689,13 @@ TOOL_FORMATS = (
     ToolFormat(
         "harmony",  # gpt-oss
         "<|channel|>",
-        "(<|start|>assistant) to=functions.{name}<|channel|>(?analysis)(commentary) (?<|constrain|>)(json)<|message|>{arguments}"
+        "(<|start|>assistant) to=(functions.){name}<|channel|>(?analysis)(commentary) (?<|constrain|>)(json)<|message|>{arguments}"
         "<|call|>",
     ),
     ToolFormat(
         "harmony, channel first",
         "",
-        "(<|start|>assistant)<|channel|>(?analysis)(commentary) to=functions.{name} (<|constrain|>)(json)<|message|>{arguments}"
+        "(<|start|>assistant)<|channel|>(?analysis)(commentary) to=(functions.){name} (<|constrain|>)(json)<|message|>{arguments}"
         "<|call|>",
     ),
     ToolFormat("gemma", "<|tool_call>", "<|tool_call>(?:)call:{name}{arguments}<tool_call|>", quote='<|"|>'),  # Gemma 4
@@ -1452,7 +1453,7 @@ class _Prompt:
         self._held: list[str] = []  # reminders that came between a call and its result
         self._ids: dict[str, str] = {}  # id of the client -> id for the engine
         self._later: dict[str, Json] = {}  # calls behind the first, where each needs a turn of its own
-        self._calls = 0
+        self._calls = self._images = 0
 
     # What the model reads of blocks. What it cannot read is named, never dropped in silence.
 
@@ -1482,7 +1483,8 @@ class _Prompt:
         if not isinstance(url, str):
             return "[image: its file is not available here]"
         images.append(url)
-        return f"[image {len(images)}]"
+        self._images += 1
+        return f"[image {self._images}]"
 
     def _read_document(self, block: Json, images: list[str]) -> str:
         source = as_object(block.get("source"))
@@ -1518,10 +1520,14 @@ class _Prompt:
         if last.get("role") != "user":
             last = {"role": "user", "content": ""}
             self.messages.append(last)
-        parts = last["content"] if isinstance(last["content"], list) else [{"type": "text", "text": last["content"]}]
-        parts[0]["text"] = _join((parts[0]["text"], text))
+        content = last["content"]
+        if isinstance(content, str) and not images:
+            last["content"] = _join((content, text))
+            return
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+        parts += [{"type": "text", "text": text}] if text or not parts else []  # mistral.rs wants a text beside images
         parts += [{"type": "image_url", "image_url": {"url": url}} for url in images]
-        last["content"] = parts if len(parts) > 1 else parts[0]["text"]
+        last["content"] = parts
 
     def user_turn(self, blocks: list[Json]) -> None:
         """A user turn; its tool results come first, each as a message of its own, next to the calls they answer."""
@@ -1538,7 +1544,8 @@ class _Prompt:
                 else:
                     self._held.append(f"[result of an earlier tool call]\n{text}")
         self.close_calls(results)
-        seen = _join(f"[image {number}] of the tool result:" for number in range(1, len(images) + 1))
+        numbers = range(self._images - len(images) + 1, self._images + 1)
+        seen = _join(f"[image {number}] of the tool result:" for number in numbers)
         text = self._read((block for block in blocks if block.get("type") != "tool_result"), images)
         self.add_user(_join((seen, text)), images)
 
@@ -1870,7 +1877,11 @@ class TokenCount:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int and number > 0 for number in value)
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int and 0 < number < 10**9 for number in value)
+    )
 
 
 def count_request(request: Json) -> Json:
@@ -1878,7 +1889,7 @@ def count_request(request: Json) -> Json:
     system, messages = "", []
     for message in request["messages"]:
         content = message["content"]
-        text = content if isinstance(content, str) else content[0]["text"]
+        text = content if isinstance(content, str) else _join(part.get("text", "") for part in content)
         blocks: list[Json] = [{"type": "text", "text": text}] if text else []
         if message["role"] == "system":
             system = text
@@ -1904,12 +1915,16 @@ Reader = Generator[None, None, Any]  # a parser that yields when it needs more t
 Grown = tuple[re.Pattern[str], re.Pattern[str]]  # matches a whole thing, and all that can still become one
 
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_FENCE = re.compile(
-    r"[ \t]*(`{3,}(?=[^`]*\Z)|~{3,})(.*)", re.DOTALL
-)  # an opening one; CommonMark, "Fenced code blocks"
+# The opening fence of a code block, as in CommonMark, also behind the marker of a list.
+_FENCE = re.compile(r"[ \t]*(?:(?:[-*+>]|\d+[.)])[ \t]+)*(`{3,}(?=[^`]*\Z)|~{3,})")
 _PLAIN_JSON = re.compile(r"[^\"'\\\x00-\x1f]+|'")  # inside a string, up to what needs a look
 _HEX = frozenset("0123456789abcdefABCDEF")
-_WORDS = {"True": "true", "False": "false", "None": "null"}
+_WORDS = {
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    **{word: f'"{word}"' for word in ("NaN", "Infinity", "-Infinity")},
+}
 _IS_JSON_WORD = re.compile(r"true|false|null|-?\d+(\.\d+)?([eE][+-]?\d+)?").fullmatch
 
 
@@ -2102,6 +2117,7 @@ LEAKS = ("<|start|>assistant" + _CONSTRAINED, _CONSTRAINED, *_LEAKS.split(), *(c
 
 # What a row of TOOL_FORMATS consists of: a {field}, what may be missing (in parentheses), white space, a literal.
 _ATOM = re.compile(r"\{(?P<field>\w+)\}|\(\??(?P<option>[^()]*)\)|(?P<space>\s+)|(?P<literal>[^{}()\s]+)")
+_SPACE = r"\s{0,99}(?!\s)"  # bounded and all of it, or a model that falls into line ends would cost cubic time
 _FIELDS = {
     "name": r"(?P<name>[\w.-]*)",
     "key": r"(?P<key>[^<>\"\n]*)",
@@ -2120,8 +2136,8 @@ def _grown(pattern: str, followers: Sequence[str] = ()) -> Grown:
     """The regular expressions of (a part of) a row; `followers`: literals, one of which must come next."""
     whole, partial = _expressions(pattern)
     if followers:
-        whole += r"\s{0,99}(?=" + "|".join(map(re.escape, followers)) + ")"
-        partial += r"\s{0,99}(?:" + "|".join(map(_prefixes, followers)) + r")\Z"
+        whole += _SPACE + "(?=" + "|".join(map(re.escape, followers)) + ")"
+        partial += _SPACE + "(?:" + "|".join(map(_prefixes, followers)) + r")\Z"
     return re.compile(whole), re.compile(partial)
 
 
@@ -2135,7 +2151,7 @@ def _expressions(pattern: str) -> tuple[str, str]:
             inner_whole, inner_partial = _expressions(atom["option"])
             whole, partial = f"{whole}(?:{inner_whole})?", f"{partial}(?:{inner_partial})?"
         elif atom["space"]:
-            whole, partial = whole + r"\s{0,99}", partial + r"\s{0,99}"
+            whole, partial = whole + _SPACE, partial + _SPACE
         else:
             literal = re.escape(atom["literal"])
             whole, partial = whole + literal, f"{partial}(?:{literal}|{_prefixes(atom['literal'])}\\Z)"
@@ -2159,8 +2175,7 @@ def _finder(words: tuple[str, ...], at_the_end: bool = False) -> re.Pattern[str]
 def _fence_behind(fence: str, line: str) -> str:
     """The fence of the code block that is open behind `line`, if `fence` was open in front of it."""
     if fence:
-        inner = line.strip()
-        return "" if inner.startswith(fence) and not inner.strip(fence[0]) else fence
+        return "" if line.rstrip().endswith(fence) else fence  # CommonMark wants it alone, models forget that
     found = _FENCE.match(line)
     return found[1] if found else ""
 
@@ -2288,7 +2303,9 @@ class ToolText:
         self._line = last[:99]  # enough to see a fence
         self._ticks = text.rpartition("\n")[2].count("`") + (0 if lines else self._ticks)
         self._spanned = "`" not in text if self._spanned else self._ticks % 2 == 1 and text.endswith("`")
-        return self._spanned or bool(_fence_behind(self._fence, last))
+        fence = _fence_behind(self._fence, last)
+        self._spanned &= fence == self._fence  # the line of a fence has no code between backticks
+        return self._spanned or bool(fence)
 
     # Small steps. Each looks at the buffer from `_at`, and yields when that is not enough to decide.
 
@@ -2365,6 +2382,8 @@ class ToolText:
             self._at += used
             if fragment:
                 emit(fragment)
+            if emit == self._argue:
+                self._take(self._at)
             if repair.done or repair.stopped or self._final:
                 return
             yield
@@ -2524,7 +2543,8 @@ class ToolText:
         parts: list[str] = []
         if first != "{":
             yield from self._value(repair, parts.append)
-            self._argue(_object_text("".join(parts)) if first else "{")  # "{": cut off, and not to be run
+            cut = self._final and not (repair.done or (self._natural and first))
+            self._argue("{" if cut else _object_text("".join(parts)))  # "{": not to be run
             return
         yield from self._value(repair, self._argue)
         if repair.stopped or (self._natural and not repair.done):
@@ -2539,7 +2559,8 @@ class ToolText:
 
     def _read_parameters(self, shape: _Shape, schema: Json) -> Reader:
         """One parameter after the other -> whether the call came to its end."""
-        properties, before = as_object(schema.get("properties")), "{"
+        properties, before = as_object(schema.get("properties")), ""
+        self._argue("{")
         while True:
             yield from self._space()
             found = yield from self._match(shape.parameter)
@@ -2551,9 +2572,10 @@ class ToolText:
             self._take(self._at)
             if not (yield from self._read_value(shape, _types(properties.get(key), schema))):
                 return False
-        if not (yield from self._literal(shape.tail[0])) and self._final and not self._natural:
-            return False
-        self._argue("{}" if before == "{" else "}")
+        closed = yield from self._literal(shape.tail[0])
+        if self._final and not closed and (not self._natural or self._buffer[self._at :].strip()):
+            return False  # cut off, or in the middle of a parameter
+        self._argue("}")
         return True
 
     def _read_value(self, shape: _Shape, types: Collection[str]) -> Reader:
@@ -2575,7 +2597,7 @@ class ToolText:
             if ends or (self._undecided and not self._natural):
                 break
             take(self._take(len(stop)))
-        if self._final and not self._natural and not (stop and ends):
+        if not stop or not ends:
             return False
         self._take(self._at)
         self._argue('"' if streamed else _coerce("".join(parts)))
@@ -2714,18 +2736,25 @@ class StopText:
     """A text up to the first of `stops`, wherever it is cut: engines let the stop itself through, in whole or in part."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._find = _finder(tuple(stops))
+        self._stops = stops
         self._rest = ""
         self.found = ""
 
     def feed(self, text: str) -> str:
         """More text -> what surely stands before any stop."""
         text = self._rest + text
-        held = self._find.search(text)
-        end = held.start() if held else len(text)
+        places = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if places:
+            end, self.found = min(places)
+        else:
+            longest = max(map(len, self._stops))
+            held = (size for size in range(min(longest - 1, len(text)), 0, -1) if self._begins(text[-size:]))
+            end = len(text) - next(held, 0)
         self._rest = text[end:]
-        self.found = (held[1] if held else None) or ""
         return text[:end]
+
+    def _begins(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
 
     def end(self) -> str:
         """What was held back, and is no stop."""
@@ -2750,7 +2779,7 @@ class Reply:
         self._calls = 0
         self._muted = False  # the call behind the only one that is allowed has begun
         self._engine_calls: list[Json] = []
-        self._reason = ""
+        self.reason = ""
         self._output = 0
         self.counted = False  # the engine has told the prompt's tokens
         self.prompt = self._cached = 0
@@ -2805,7 +2834,7 @@ class Reply:
         if delta.get("tool_calls") or delta.get("function_call"):
             for call in as_list(delta.get("tool_calls")) or [{"function": delta.get("function_call")}]:
                 self._call_of_engine(as_object(call))
-        self._reason = str(choice.get("finish_reason") or self._reason)
+        self.reason = str(choice.get("finish_reason") or self.reason)
         if self._stops:
             matched = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM, SGLang
             self._stop.found = str(matched) if matched in self._stops else self._stop.found
@@ -2815,15 +2844,15 @@ class Reply:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
         if self._state == "ended":
             return []
-        if not self._reason and (not done or self._state == "new"):
+        if not self.reason and (not done or self._state == "new"):
             return self.fail(ApiError(500, "the engine's answer was " + ("empty" if done else "cut off")))
         first = self.start()
         self._apply(self._text.feed(self._stop.end()))
-        self._apply(self._text.end(natural=self._reason != "length" and not self._stop.found))
+        self._apply(self._text.end(natural=self.reason != "length" and not self._stop.found))
         self._hand_on_calls(final=True)
         self._close()
         self._state = "ended"
-        reason = STOP_REASONS.get(self._reason, "end_turn")
+        reason = STOP_REASONS.get(self.reason, "end_turn")
         if any(call.get("cut") for call in self._engine_calls):  # whatever the engine calls it
             reason = "max_tokens"
         if self._stop.found:
@@ -2990,7 +3019,7 @@ def _arguments_of(text: str) -> Json:
     """The input of a call. What is no JSON object is handed over under a name that no tool knows: the client tells the
     model."""
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
+        value = from_json(text)
         if isinstance(value, dict):
             return value
     return {"invalid_json": text}
@@ -3073,10 +3102,11 @@ class _Upstream:
         if target.key:
             headers["Authorization"] = f"Bearer {target.key}"
         connection.request("POST", f"{parts.path}/chat/completions", payload, headers)
-        self.status, self.ended, self.error = 0, False, b""  # `error`: the body, if the status is not 200
+        self.status, self.ended, self.body = 0, False, b""  # `body`: its beginning, or the whole of an error
         self._head, self._chunks = b"", ChunkedBody()
         self._is_chunked = False
         self._client, self._socket = client, connection.sock
+        self._socket.setblocking(False)
         self._poll = select.poll()
         for one in (self._socket, client):
             self._poll.register(one, select.POLLIN)
@@ -3102,7 +3132,10 @@ class _Upstream:
 
     def read(self) -> bytes:
         """Read once -> the content that came; `status` is 0 until the head is whole. Raises OSError and ValueError."""
-        data = self._socket.recv(1 << 16)
+        try:
+            data = self._socket.recv(1 << 16)
+        except (BlockingIOError, ssl.SSLWantReadError):  # what came was TLS' own
+            return b""
         self.ended = not data
         if not self.status:
             self._head += data
@@ -3113,11 +3146,16 @@ class _Upstream:
                 return b""
             self.status = status
             self._is_chunked = bool(re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head))
+            length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
+            self._left = int(length[1]) if length and not self._is_chunked else -1
         if self._is_chunked:
             data = self._chunks.feed(data)
             self.ended = self.ended or self._chunks.ended
-        if self.status != 200:
-            self.error += data
+        elif self._left >= 0:
+            self._left -= len(data)
+            self.ended = self.ended or self._left <= 0
+        if self.status != 200 or len(self.body) < 4096:
+            self.body += data
         return data
 
     def close(self) -> None:
@@ -3210,7 +3248,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the request body is not valid JSON: {error}") from None
         self.server.debug(2, lambda: f"from the client: {to_json(request)}")
-        translated = translate_request(request, self.server.target)
+        try:
+            translated = translate_request(request, self.server.target)
+        except RecursionError:
+            raise ApiError(400, "messages: nested too deeply") from None
         self.server.debug(2, lambda: f"to the engine: {to_json(translated)}")
         return request, translated
 
@@ -3299,6 +3340,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
                     self.server.debug(1, traceback.format_exc)
                     events, ended = reply.fail(ApiError(500, f"anyclaude: {error!r}")), True
+            elif reply.reason:  # it is whole, though the engine neither says so nor leaves
+                events, ended = reply.finish(done=True), True
             elif time.monotonic() - heard > STALL_SECONDS:
                 events, ended = reply.fail(ApiError(500, f"the engine was silent for {STALL_SECONDS:.0f} s")), True
             if not events and time.monotonic() - said >= patience:
@@ -3319,7 +3362,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if upstream.ended and not upstream.status:
             return reply.fail(ApiError(529, "the engine closed the connection without an answer")), True
         if upstream.status not in (0, 200):
-            text = upstream.error.decode("utf-8", "replace")
+            text = upstream.body.decode("utf-8", "replace")
             return (
                 (reply.fail(engine_error(upstream.status, text, reply.prompt, self.server.target.window)), True)
                 if upstream.ended
@@ -3336,6 +3379,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if chunk is None:
                 return events + reply.fail(engine_error(500, payload, reply.prompt, self.server.target.window)), True
             events += reply.feed(chunk)
+        if upstream.ended and not reply.begun and upstream.body.lstrip().startswith(b"{"):  # no stream, but an error
+            text = upstream.body.decode("utf-8", "replace")
+            return reply.fail(engine_error(500, text, reply.prompt, self.server.target.window)), True
         return (events + reply.finish(done=False), True) if upstream.ended else (events, False)
 
     def _send_json(self, status: int, content: Json) -> None:
@@ -3382,7 +3428,9 @@ class Proxy(ThreadingHTTPServer):
         """Keep what the engine counted, for this session and the next."""
         with self._learning, contextlib.suppress(OSError, AnyclaudeError):
             if self.tokens.learn(estimate, tokens) and self._memory:
-                known = read_json(self._memory) if self._memory.exists() else {}
+                known = {}
+                with contextlib.suppress(AnyclaudeError):  # none yet, or broken: begun anew
+                    known = read_json(self._memory)
                 write_json(self._memory, {**known, self.target.name: self.tokens.pairs})
 
     def get_request(self) -> tuple[socket.socket, Any]:

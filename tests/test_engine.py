@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import pytest
 from conftest import Sandbox
 from fake_engine import fake_engine
@@ -496,6 +495,8 @@ def test_a_real_engine_serves_and_leaves_nothing_behind(sandbox: Sandbox, engine
 def test_a_real_engines_text_streams_as_arguments_and_its_counts_are_learned(
     sandbox: Sandbox, engine: Path, tiny_model: Path
 ) -> None:
+    import anthropic  # takes a second
+
     process = sandbox.start("--proxy-only", "--model-path", str(tiny_model), "--engine-port", "0")
     exported = ready(process)
     client = anthropic.Anthropic(

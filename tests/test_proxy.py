@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import pytest
 from fake_engine import FakeEngine, chunk, fake_engine, says
 from test_reply import assert_legal
@@ -546,8 +548,11 @@ SDK_REPLIES: dict[str, tuple[list[str], list[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SDK_REPLIES)
 def test_the_stream_helper_of_anthropics_sdk_reads_every_reply(name: str) -> None:
+    import anthropic  # takes a second
+
     lines, kinds, reason = SDK_REPLIES[name]
     with serving(lines) as (proxy, _):
         client = anthropic.Anthropic(base_url=proxy.url, auth_token=proxy.token, api_key=None, max_retries=0)
@@ -567,7 +572,10 @@ def test_the_stream_helper_of_anthropics_sdk_reads_every_reply(name: str) -> Non
         assert message.content[1].input == {"command": CODE}
 
 
+@pytest.mark.slow
 def test_errors_reach_the_sdk_as_its_own() -> None:
+    import anthropic
+
     with serving((503, "Loading model"), (422, "Prompt sequence length is greater than 9"), [chunk("half")]) as (
         proxy,
         _,
@@ -597,3 +605,94 @@ def test_the_benchmark_measures_everything_and_nothing_is_far_off() -> None:
         assert float(figures[name]) < limit, done.stdout
     assert float(figures["flat out"].replace(",", "")) > 3000, done.stdout  # other tests run beside it
     assert float(figures["resident memory"]) < 60, done.stdout
+
+
+def raw_engine(answer: bytes, hold: threading.Event) -> socket.socket:
+    """An engine that sends these bytes and then keeps the connection open."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 20)
+            connection.sendall(answer)
+            hold.wait(20)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener
+
+
+OVERFLOW = b'{"error": {"message": "Prompt sequence length is greater than 4096"}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "word"),
+    [
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nboom", 500, b"boom"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(OVERFLOW), OVERFLOW), 400, b"prompt is too long"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + chunk("Hi", "stop").encode(), 200, b"end_turn"),
+    ],
+)
+def test_an_engine_that_keeps_the_connection_open_does_not_keep_the_client_waiting(
+    answer: bytes, status: int, word: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.1)
+    hold = threading.Event()
+    with raw_engine(answer, hold) as listener, proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+        started = time.monotonic()
+        found, _, content = ask(proxy)
+        hold.set()
+        assert found == status and word in content and time.monotonic() - started < 3
+
+
+def test_a_prefill_behind_tls_is_waited_for_and_left(tmp_path: Path) -> None:
+    """TLS 1.3 sends tickets first, so that there is something to read, and nothing to hand on."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    command = [*make.split(), "-keyout", str(key), "-out", str(certificate)]
+    if not shutil.which("openssl") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("openssl cannot make a certificate here")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key)
+    left = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        for number in range(2):
+            connection = server.wrap_socket(listener.accept()[0], server_side=True)
+            connection.recv(1 << 20)
+            if number:
+                with contextlib.suppress(OSError):
+                    while connection.recv(1 << 20):
+                        pass
+                left.set()
+            else:
+                time.sleep(0.5)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + "".join(says("Hi")).encode())
+            connection.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    program = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import anyclaude\n"
+        "with anyclaude.Proxy(0, anyclaude.Target(sys.argv[2])) as proxy:\n"
+        "    print(json.dumps([proxy.server_address[1], proxy.token]), flush=True)\n"
+        "    sys.stdin.read()"
+    )
+    url = f"https://localhost:{listener.getsockname()[1]}/v1"
+    command = [sys.executable, "-c", program, str(Path(anyclaude.__file__).parent), url]
+    environment = {**os.environ, "SSL_CERT_FILE": str(certificate)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        port, token = json.loads(process.stdout.readline())
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/v1/messages", json.dumps(REQUEST), {"x-api-key": token})
+        assert b"Hi" in connection.getresponse().read()
+        connection.request("POST", "/v1/messages", json.dumps(REQUEST), {"x-api-key": token})
+        time.sleep(0.5)
+        connection.close()
+        assert left.wait(1)
+        process.communicate("")
+    listener.close()

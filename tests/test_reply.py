@@ -290,6 +290,12 @@ def test_a_stop_sequence_in_a_call_leaves_it_open() -> None:
     assert (message["content"], message["stop_reason"]) == ([], "stop_sequence")
 
 
+def test_a_long_stop_sequence_is_found() -> None:
+    stop = "x" * 900 + "y"
+    message = collect(play(says("One. ", *stop), reply=new_reply(stops=[stop])))
+    assert (message["content"], message["stop_sequence"]) == ([{"type": "text", "text": "One. "}], stop)
+
+
 def test_one_call_when_no_more_is_wanted() -> None:
     for lines in (
         says("A", BASH_CALL, "\n", BASH_CALL, "and more"),

@@ -480,6 +480,25 @@ def test_images_go_to_a_model_that_sees() -> None:
     ]
 
 
+def test_a_picture_that_is_followed_by_more_words_stays_where_it_was() -> None:
+    seeing = Target("http://127.0.0.1:1/v1", sees=True)
+    first = conversation(seeing, ("user", [text("see"), IMAGE]))
+    later = conversation(seeing, ("user", [text("see"), IMAGE]), ("system", "note"), ("user", [IMAGE, text("more")]))
+    assert json.dumps(later).startswith(json.dumps(first)[:-3])
+    assert [part.get("text", "") for part in later[0]["content"]][::2] == [
+        "see\n\n[image 1]",
+        later[0]["content"][2]["text"],
+        "",
+    ]
+    assert "[image 2]" in json.dumps(later) and later[0]["content"][-1]["type"] == "image_url"
+
+
+def test_a_picture_from_a_tool_keeps_roles_alternating() -> None:
+    target = Target("http://127.0.0.1:1/v1", sees=True, dialect=Dialect(calls="mistral", alternates=True))
+    made = conversation(target, ("user", "go"), ("assistant", [use("t")]), ("user", [result("t", [IMAGE])]))
+    assert [message["role"] for message in made] == ["user", "assistant", "tool", "assistant", "user"]
+
+
 def test_the_image_in_a_tool_result_follows_it_as_an_image_of_the_user() -> None:
     seeing = Target("http://127.0.0.1:1/v1", sees=True)
     turns = [("user", "go"), ("assistant", [use("t")]), ("user", [result("t", [text("shot:"), IMAGE])])]

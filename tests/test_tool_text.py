@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -192,6 +193,7 @@ def test_text_streams_at_once_and_little_is_held_back() -> None:
     assert said == source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WRITTEN, *BARE])
 def test_each_format_is_read_wherever_it_is_cut(name: str) -> None:
     write = {**WRITTEN, **BARE}[name]
@@ -205,6 +207,7 @@ def test_each_format_is_read_wherever_it_is_cut(name: str) -> None:
         assert [event for event in valued(parse(cut)) if event != ("text", " ")] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_calls_follow_one_another_in_any_format(name: str) -> None:
     for other in WRITTEN.values():
@@ -244,6 +247,7 @@ def test_calls_are_written_as_the_template_writes_them(row: str, name: str) -> N
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WRITTEN, *BARE])
 def test_arguments_stream_as_they_are_generated(name: str) -> None:
     source = {**WRITTEN, **BARE}[name]("Write", {"file_path": "a", "content": "line\n" * 300})
@@ -256,6 +260,7 @@ def test_arguments_stream_as_they_are_generated(name: str) -> None:
     assert begun == 1 and streamed > len(source) / 7 * 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WRITTEN, *BARE])
 def test_what_streams_is_always_the_beginning_of_the_same_json(name: str) -> None:
     source = {**WRITTEN, **BARE}[name]("Write", PAR)
@@ -266,12 +271,77 @@ def test_what_streams_is_always_the_beginning_of_the_same_json(name: str) -> Non
         assert arguments != whole or end > len(source) - 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_markup_that_is_cut_off_does_not_show(name: str) -> None:
     source = "So.\n" + WRITTEN[name]("Bash", {"command": "ls"})
     for end in range(len(source)):
         text = "".join(value for kind, value in parse([source[:end]], natural=False) if kind == "text")
         assert "So.\n".startswith(text) or len(text) < len("So.\n") + len("<|tool_calls_section_begin|>")
+
+
+@pytest.mark.parametrize(
+    ("source", "natural"),
+    [
+        ("<tool_call>\n<function=Bash>\n<parameter=comm", False),
+        ("<tool_call>\n<function=Bash>\n<parameter=comm", True),
+        ("<tool_call>Get\n<arg_key>x", False),
+        ('<minimax:tool_call>\n<invoke name="Get">\n<parameter na', False),
+        ('<tool_call>{"name": "Get", "arguments": nul', False),
+        ('<tool_call>{"name": "Get", "arguments": "{\\"a', False),
+        ("<tool_call>\n<function=Bash>\n<parameter=command>\nrm -rf /tmp/", True),
+    ],
+)
+def test_a_call_without_its_end_is_not_one_to_run(source: str, natural: bool) -> None:
+    events = parse([source], natural)
+    assert events[0][0] == "call" and [kind for kind, _ in events[1:]] == ["arguments"]
+    with pytest.raises(ValueError):
+        json.loads(events[1][1])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "Run:\n```bash\nls\n```",
+        "```ls -la``` is what I run.\n",
+        "- ```bash\n  ls\n  ```\n",
+        "```\n~~~\n```\n",
+        "```bash\nls```\n",
+        "`ls` and `x`",
+        "1. ```\n   a\n   ```\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["hermes", "deepseek", "mistral", "kimi"])
+def test_a_call_behind_code_is_a_call(before: str, name: str) -> None:
+    events = parse(list(before + WRITTEN[name]("Bash", {"command": "ls"})))
+    assert valued(events) == [("text", before), *call("Bash", {"command": "ls"})]
+
+
+@pytest.mark.parametrize(
+    "opener", ["[TOOL_CALLS]", "<tool_call>", "<function=Bash>", "<tool_call>Bash", "[", "<tool_calls>["]
+)
+def test_a_model_that_falls_into_line_ends_costs_no_time(opener: str) -> None:
+    parser, started = ToolText(TOOLS), time.monotonic()
+    parser.feed(opener)
+    for _ in range(3000):
+        parser.feed("\n")
+    parser.feed("x")
+    parser.end(True)
+    assert time.monotonic() - started < 2
+
+
+def test_long_arguments_are_read_in_time() -> None:
+    source = hermes("Write", {"file_path": "a", "content": "line\n" * 60_000})
+    parser, started = ToolText(TOOLS), time.monotonic()
+    for start in range(0, len(source), 8):
+        parser.feed(source[start : start + 8])
+    assert time.monotonic() - started < 8
+
+
+def test_numbers_that_json_has_not_are_texts() -> None:
+    assert valued(parse([coder("Bash", timeout="NaN")])) == call("Bash", {"timeout": "NaN"})
+    source = '<tool_call>{"name": "Get", "arguments": {"a": NaN, "b": -Infinity}}</tool_call>'
+    assert valued(parse([source])) == call("Get", {"a": "NaN", "b": "-Infinity"})
 
 
 def test_thinking_whose_opener_was_the_end_of_the_prompt_is_thinking() -> None:
