@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from anyclaude import ARCHITECTURES, AnyclaudeError, inspect_model, read_model
+from anyclaude import ARCHITECTURES, AnyclaudeError, inspect_model, read_model, read_template
 
 QWEN3 = {"architectures": ["Qwen3MoeForCausalLM"], "max_position_embeddings": 262144}
 
@@ -133,3 +134,46 @@ def test_what_cannot_be_a_model_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(AnyclaudeError, match=r"config\.json: not valid JSON"):
         read_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "sees"),
+    [
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {"depth": 1}}, True),
+        ({"architectures": ["Phi3VForCausalLM"], "img_processor": {}}, True),
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, False),
+        ({"architectures": ["Gemma3ForCausalLM"], "vision_config": {}}, False),
+        ({"architectures": ["Qwen3ForCausalLM"], "vision_config": {"depth": 1}}, False),
+    ],
+)
+def test_a_model_that_sees_is_known_by_its_class_and_its_config(config: dict[str, Any], sees: bool) -> None:
+    assert inspect_model("/m/x", config, {}).sees is sees
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({"tokenizer_config.json": {"chat_template": "one"}}, "one"),
+        ({"tokenizer_config.json": {"chat_template": "one"}, "chat_template.jinja": "two"}, "two"),
+        ({"tokenizer_config.json": {}, "chat_template.json": {"chat_template": "three"}}, "three"),
+        (
+            {
+                "tokenizer_config.json": {
+                    "chat_template": [
+                        {"name": "default", "template": "plain"},
+                        {"name": "tool_use", "template": "with tools"},
+                    ]
+                }
+            },
+            "with tools",
+        ),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "plain"}, 5]}}, "plain"),
+        ({"tokenizer_config.json": {"chat_template": 5}}, ""),
+        ({"tokenizer_config.json": "{broken"}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_chat_template_is_found_where_models_keep_it(tmp_path: Path, files: dict[str, Any], template: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert read_template(tmp_path) == template
