@@ -165,6 +165,11 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     assert (
         "passed"
         in run(
-            "sh", "tests/run", "tests/test_model.py", cwd=checkout, env={**os.environ, "ANYCLAUDE_TEST_CACHE": cache}
+            "sh",
+            "tests/run",
+            "-n0",
+            "tests/test_model.py",
+            cwd=checkout,
+            env={**os.environ, "ANYCLAUDE_TEST_CACHE": cache},
         ).stdout
     )
