@@ -2725,11 +2725,13 @@ def engine_error(status: int, text: str, prompt_tokens: int, window: int = 0) ->
 
 def read_chunk(payload: str) -> Json | None:
     """A chunk of the engine; None for an error, which older generations send as plain text."""
-    with contextlib.suppress(ValueError, RecursionError):
-        chunk = as_object(from_json(payload))
-        if chunk.get("choices") or not chunk.keys() & {"error", "message", "detail"}:
-            return chunk if isinstance(from_json(payload), dict) else None
-    return None
+    try:
+        chunk = from_json(payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(chunk, dict) or chunk.get("error"):
+        return None
+    return chunk if chunk.get("choices") or not chunk.keys() & {"message", "detail"} else None
 
 
 class StopText:
