@@ -43,6 +43,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -237,6 +238,22 @@ def terminate(process: subprocess.Popen[bytes], kill: Callable[[int, int], None]
                 return
 
 
+def ending(status: Any) -> str:
+    """An exit status in words. -9 on Linux is the kernel's answer to a machine without memory."""
+    if not isinstance(status, int) or status >= 0:
+        return f"exit status {status}"
+    killed = "; the system kills so when memory runs out" * (status == -signal.SIGKILL)
+    return f"signal {-status}{killed}"
+
+
+def agrees(question: str) -> bool:
+    """Ask a person, on a terminal; without one the answer is no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    say(f"{question} [Y/n]")
+    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+
+
 @contextlib.contextmanager
 def next_signal() -> Iterator[Callable[[], Any]]:
     """A function that waits until a signal comes. A plain wait can miss one that comes just before it blocks, or that
@@ -284,6 +301,11 @@ class Settings:
     vision: bool = False
     claude_binary: str = ""
     start_timeout: int = 600
+    stall_timeout: int = 900
+    keep_alive: int = 0
+    memory_limit: int = 0
+    server_script: str = ""
+    python_venv: str = ""
     proxy_only: bool = False
     proxy_port: int = 0
     demo: bool = False
@@ -330,6 +352,11 @@ KEYS = (
     Key("vision", "flag", "vision"),
     Key("claude_binary", "path", "claudeBinary", trusted=True),
     Key("start_timeout", "1..86400", "startTimeout"),
+    Key("stall_timeout", "1..86400", "stallTimeout"),
+    Key("keep_alive", "0..86400", "keepAlive"),
+    Key("memory_limit", "0..100000000", "memoryLimit"),
+    Key("server_script", "path", "serverScript", trusted=True),
+    Key("python_venv", "path", "pythonVenv", trusted=True),
     Key("proxy_only", "flag", flag="--proxy-only"),  # these are of one run, and never in a file
     Key("proxy_port", "0..65535", flag="--proxy-port"),
     Key("demo", "flag", flag="--demo"),
@@ -804,7 +831,10 @@ def call_id(dialect: Dialect, identity: str, name: str, number: int) -> str:
 @dataclass(frozen=True)
 class Model:
     """A model as the engine is told of it. `path`: a folder, or a Hugging Face id; `arch`: the value of -a, "" where
-    the engine detects it; `context`: tokens, 0 if unknown; `since`: the first engine that loads it."""
+    the engine detects it; `context`: tokens, 0 if unknown; `since`: the first engine that loads it; `files`: the GGUF
+    files in `path`; `weights`: their bytes; `linear`: (numbers, bytes) of those that can be quantised while loading;
+    `cache`: numbers that a token adds to the KV cache; `mlx`: "shadow" (its config.json hides from mistral.rs that it is
+    quantised) or "experts"; `flaws`: (what is wrong, what to do), found before anything is loaded."""
 
     path: str
     name: str
@@ -816,10 +846,86 @@ class Model:
     on_disk: bool = True
     sees: bool = False
     dialect: Dialect = Dialect(takes_text=True)
+    files: tuple[str, ...] = ()
+    weights: int = 0
+    linear: tuple[int, int] = (0, 0)
+    cache: int = 0
+    mlx: str = ""
+    flaws: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Its folder or its file: what tells it from others."""
+        return os.path.join(self.path, self.files[0]) if self.files else self.path
+
+    def size(self, isq: str) -> int:
+        """The bytes of its weights in memory, when quantised to `isq` while loading."""
+        numbers, stored = (0, 0) if self.quantised else self.linear
+        bits = ISQ_BITS.get(isq.upper(), 16.0)
+        return self.weights - stored + int(min(float(stored), numbers * bits / 8))
 
 
-def inspect_model(path: str, config: Json | None, generation: Json, arch: str = "", template: str = "") -> Model:
-    """A model from its config.json (None: there is none), generation_config.json and chat template. Pure.
+# --isq -> bits for each number, scales included. Source: mistralrs-core/src/pipeline/isq.rs (v0.6.0 to v0.9.2), the block
+# sizes of ggml, and AFQ's 32 bits of scale and bias for each 64 numbers.
+ISQ_BITS = {
+    "Q2K": 2.625,
+    "Q3K": 3.4375,
+    "Q4K": 4.5,
+    "Q5K": 5.5,
+    "Q6K": 6.5625,
+    "Q8K": 9.125,
+    "MXFP4": 4.25,
+    "FP8": 8.0,
+    "Q4_0": 4.5,
+    "Q4_1": 5.0,
+    "Q5_0": 5.5,
+    "Q5_1": 6.0,
+    "Q8_0": 8.5,
+    "Q8_1": 9.0,
+    "HQQ4": 4.5,
+    "HQQ8": 8.5,
+    **{f"AFQ{bits}": bits + 0.5 for bits in (2, 3, 4, 6, 8)},
+    "2": 2.625,
+    "3": 3.4375,
+    "4": 4.5,
+    "5": 5.5,
+    "6": 6.5625,
+    "8": 8.5,
+}
+DOWNLOAD = "hf download ORG/NAME --local-dir {}   (or any way you got it before; it goes on where it stopped)"
+
+
+def cache_numbers(config: Json) -> int:
+    """How many numbers a token adds to the KV cache: keys and values of every layer whose attention looks back without
+    limit; 0 if config.json does not say. Pure. Source: the caches in mistralrs-core/src/kv_cache at v0.6.0 to v0.9.2."""
+    config = {**config, **as_object(config.get("text_config"))}
+
+    def number(*names: str) -> int:
+        found = (config.get(name) for name in names)
+        return next((value for value in found if type(value) is int and value > 0), 0)
+
+    layers, heads = number("num_hidden_layers", "n_layers"), number("num_attention_heads")
+    kinds = [str(kind) for kind in as_list(config.get("layer_types"))]
+    if kinds:
+        layers = sum("attention" in kind and not kind.startswith(("sliding", "linear", "chunked")) for kind in kinds)
+    else:
+        layers //= number("sliding_window_pattern", "full_attention_interval") or 1  # Gemma 3, Qwen3-Next
+    if number("kv_lora_rank"):  # DeepSeek: kept as they are, not compressed
+        return layers * heads * (number("qk_nope_head_dim") + number("qk_rope_head_dim") + number("v_head_dim"))
+    size = number("head_dim") or (number("hidden_size") // heads if heads else 0)
+    return layers * 2 * (number("num_key_value_heads") or heads) * size
+
+
+def inspect_model(
+    path: str,
+    config: Json | None,
+    generation: Json,
+    arch: str = "",
+    template: str = "",
+    tensors: Mapping[str, tuple[int, int]] | None = None,
+) -> Model:
+    """A model from its config.json (None: there is none), generation_config.json, chat template and tensors (name ->
+    numbers, bytes). Pure.
 
     `arch` overrides the architecture. Raises AnyclaudeError for one that cannot be told, or that no engine loads."""
     name = Path(path).name
@@ -831,11 +937,13 @@ def inspect_model(path: str, config: Json | None, generation: Json, arch: str = 
             raise AnyclaudeError(message, "Check that it is the model's folder, or name the architecture: --arch qwen3")
     elif not arch:
         arch, since = _architecture(path, config.get("architectures"))
-    config = config or {}
+    config, tensors = config or {}, tensors or {}
     seers = {name for name, (value, _) in ARCHITECTURES.items() if not value and name != "Gemma3ForCausalLM"}
     configs = (config, as_object(config.get("text_config")))
     lengths = [part.get("max_position_embeddings") for part in configs]
     sampling = {key: generation[key] for key in SAMPLING if type(generation.get(key)) in (int, float)}
+    linear = [size for key, size in tensors.items() if _LINEAR.search(key)]
+    mlx, flaws = _mlx(path, config, tensors)
     return Model(
         path,
         name,
@@ -847,7 +955,38 @@ def inspect_model(path: str, config: Json | None, generation: Json, arch: str = 
         sees=bool(config.get("vision_config") or "img_processor" in config)
         and not seers.isdisjoint(name for name in as_list(config.get("architectures")) if isinstance(name, str)),
         dialect=read_dialect(template),
+        weights=sum(size for _, size in tensors.values()),
+        linear=(sum(count for count, _ in linear), sum(size for _, size in linear)),
+        cache=cache_numbers(config),
+        mlx=mlx,
+        flaws=flaws,
     )
+
+
+_LINEAR = re.compile(r"\.experts\.|(_proj|_linear|lm_head|dense|fc\d|\.w\d)\.weight$")  # what --isq quantises
+
+
+def _mlx(path: str, config: Json, tensors: Iterable[str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """How a model quantised for MLX is to be loaded, and what stands against it. mistral.rs reads `quantization_config`
+    only, and there one width for all layers. Source: mistralrs-quant/src/lib.rs at v0.6.0 to v0.9.2."""
+    quantisation = as_object(config.get("quantization"))
+    if "bits" not in quantisation:
+        return "", ()
+    flaws = []
+    widths = {(as_object(value).get("bits"), as_object(value).get("group_size")) for value in quantisation.values()}
+    widths -= {(None, None), (quantisation["bits"], quantisation.get("group_size"))}
+    if widths or False in quantisation.values() or quantisation.get("mode", "affine") != "affine":
+        flaws.append((f"{path} is quantised for MLX in more than one way, and mistral.rs reads one.", ORIGINAL))
+    if any(".switch_mlp." in name for name in tensors):
+        return "experts", tuple(flaws)
+    return ("" if config.get("quantization_config") else "shadow"), tuple(flaws)
+
+
+MLX_EXPERTS_BEFORE = (0, 7, 0)  # from then on their router is read as if it were not quantised
+ORIGINAL = (
+    "Use the model's original (safetensors, quantised while loading), or a GGUF file of it,\n"
+    "or serve it with MLX itself and use that server: --base-url http://localhost:8080/v1"
+)
 
 
 def _architecture(path: str, classes: Any) -> tuple[str, Version]:
@@ -875,22 +1014,252 @@ def read_template(folder: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
-def read_model(path: str, arch: str = "") -> Model:
-    """Read what `path` (a folder or a Hugging Face id) holds. Raises AnyclaudeError for what cannot be a model."""
-    folder = Path(path)
-    if not folder.is_absolute():  # a Hugging Face id: the engine reads its config.json itself
-        return Model(path, folder.name, arch, on_disk=False)
-    if folder.suffix.lower() == ".gguf":
-        message = f"{path} is a GGUF file, which this version of anyclaude does not start."
-        raise AnyclaudeError(message, "Use the folder of the safetensors model: --model-path /path/to/folder")
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise AnyclaudeError(f"the model {path} {what}.", "Name the model's folder: --model-path /path/to/folder")
+_NUMBER_SIZE = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def read_tensors(path: Path) -> dict[str, tuple[int, int]]:
+    """What a safetensors file says it holds: name -> (numbers, bytes). Raises ValueError for one that is not whole.
+    Source: the format's description at huggingface/safetensors."""
+    with path.open("rb") as file:
+        begin = file.read(8)
+        if begin.startswith(b"version "):
+            raise ValueError("it is only a pointer of git-lfs: git lfs pull")
+        length = int.from_bytes(begin, "little")
+        try:
+            head = as_object(json.loads(file.read(min(length, 100 << 20)))) if len(begin) == 8 else {}
+        except ValueError:
+            head = {}
+        found = {}
+        for name, tensor in head.items():
+            begin_at, end_at = (*as_list(as_object(tensor).get("data_offsets")), 0, 0)[:2]
+            if name != "__metadata__" and type(begin_at) is int and type(end_at) is int:
+                size = end_at - begin_at
+                found[name] = (size // _NUMBER_SIZE.get(str(tensor.get("dtype")), 1), size)
+        whole = 8 + length + sum(size for _, size in found.values())
+        if not found or os.fstat(file.fileno()).st_size < whole:
+            raise ValueError("it is not whole")
+        return found
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """The tensors in a folder, and what is wrong with its weight files."""
+    tensors: dict[str, tuple[int, int]] = {}
+    problems = []
+    index = folder / "model.safetensors.index.json"
+    names = set(as_object(read_json(index).get("weight_map")).values()) if index.exists() else set()
+    files = {path.name: path for path in folder.glob("*.safetensors")}
+    missing = sorted(str(name) for name in names if name not in files)
+    if missing:
+        problems.append(f"{len(missing)} of {len(names)} files are missing, {missing[0]} first")
+    for name, path in sorted(files.items()):
+        try:
+            if not names or name in names:
+                tensors.update(read_tensors(path))
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
+    if not files and not any(folder.glob(pattern) for pattern in ("*.bin", "*.pth", "*.pt")):
+        problems.append("there are none (*.safetensors)")
+    return tensors, problems
+
+
+def _read_folder(folder: Path, arch: str, template: str) -> Model:
     config, generation = (
         read_json(folder / name) if (folder / name).exists() else None
         for name in ("config.json", "generation_config.json")
     )
-    return inspect_model(path, config, generation or {}, arch, read_template(folder))
+    tensors, problems = _read_weights(folder)
+    template = template or read_template(folder)
+    model = inspect_model(str(folder), config, generation or {}, arch, template, tensors)
+    flaws = [*model.flaws]
+    if problems:
+        flaws.append((f"the weights in {folder} are not complete: {'; '.join(problems[:3])}.", DOWNLOAD.format(folder)))
+    if not (folder / "tokenizer.json").exists():
+        flaws.append((f"{folder} has no tokenizer.json.", DOWNLOAD.format(folder)))
+    if not template:
+        flaws.append(
+            (f"{folder} has no chat template: it is no model to talk with, or a file is missing.", NO_TEMPLATE)
+        )
+    return dataclasses.replace(model, flaws=tuple(flaws))
+
+
+NO_TEMPLATE = (
+    "Choose the model's instruct variant, or put its chat_template.jinja into the folder,\n"
+    'or name one: "extraArgs": ["--chat-template", "/path/to/chat_template.jinja"]'
+)
+
+
+def hub_folder(name: str, environ: Mapping[str, str]) -> Path:
+    """Where the Hugging Face cache keeps the model `name` ("org/name"). Source: huggingface_hub's environment variables."""
+    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(os.path.expanduser(environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    return cache / ("models--" + name.replace("/", "--"))
+
+
+def _hub_snapshot(name: str) -> Path | None:
+    """The folder of a model in the Hugging Face cache, if it was ever begun to be downloaded."""
+    folder = hub_folder(name, os.environ)
+    with contextlib.suppress(OSError, ValueError):
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        return snapshot if snapshot.is_dir() else None
+    return None
+
+
+# general.architecture of a GGUF file -> first mistral.rs that loads it. Source: mistralrs-core/src/gguf/content.rs and
+# docs/reference/gguf-support.md at v0.6.0 to v0.9.2.
+GGUF_SINCE: dict[Version, str] = {
+    (0, 6, 0): "llama phi2 phi3 starcoder2 qwen2 qwen3",
+    (0, 7, 0): "qwen3moe",
+    (0, 8, 0): "mistral3",
+    (0, 9, 1): """gemma gemma2 phimoe qwen3next qwen35 qwen35moe deepseek2 glm4 glm4moe smollm3 granite granitemoe
+        granitehybrid gpt-oss hunyuan-dense hunyuan-moe lfm2 lfm2moe gemma3""",
+}
+_GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def read_metadata(path: Path) -> Json:
+    """The metadata of a GGUF file; of its long arrays (the vocabulary) only their length. Raises AnyclaudeError.
+    Source: ggml's description of the format, versions 2 and 3."""
+    with path.open("rb") as file:
+
+        def exactly(count: int) -> bytes:
+            data = file.read(count) if count < 1 << 26 else b""
+            if len(data) < count:
+                raise ValueError("it is not whole")
+            return data
+
+        def number(code: str) -> Any:
+            return struct.unpack("<" + code, exactly(struct.calcsize("<" + code)))[0]
+
+        def value(kind: int) -> Any:
+            if kind == 8:
+                return exactly(number("Q")).decode("utf-8", "replace")
+            if kind != 9:
+                return number(_GGUF_NUMBERS[kind])
+            inner, count = number("I"), number("Q")
+            if count <= 1024:
+                return [value(inner) for _ in range(count)]
+            if inner in _GGUF_NUMBERS:
+                file.seek(struct.calcsize(_GGUF_NUMBERS[inner]) * count, os.SEEK_CUR)
+                return count
+            for _ in range(count):
+                exactly(number("Q")) if inner == 8 else value(inner)
+            return count
+
+        try:
+            if exactly(4) != b"GGUF" or number("I") not in (2, 3):
+                raise ValueError("it is no GGUF file of version 2 or 3")
+            tensors, count = number("Q"), number("Q")
+            return {**{value(8): value(number("I")) for _ in range(count)}, "tensors": tensors}
+        except (ValueError, KeyError, RecursionError, struct.error) as error:
+            message = f"{path} cannot be read: {error if isinstance(error, ValueError) else 'it is broken'}."
+            raise AnyclaudeError(message, DOWNLOAD.format(path.parent)) from None
+
+
+def inspect_gguf(path: str, metadata: Json, template: str = "") -> Model:
+    """A model from the metadata of its GGUF file. Pure. Raises AnyclaudeError for one that no engine loads."""
+    kind = str(metadata.get("general.architecture"))
+    since = next((version for version, kinds in GGUF_SINCE.items() if kind in kinds.split()), None)
+    if since is None:
+        message = f"{path} is a GGUF file of the architecture {kind}, which mistral.rs does not load."
+        raise AnyclaudeError(message, "Use the model's safetensors folder, or choose another model.")
+    own = {name.partition(".")[2]: value for name, value in metadata.items() if name.startswith(kind + ".")}
+
+    def number(name: str) -> int:
+        found = own.get(name)
+        return found if type(found) is int else max((one for one in as_list(found) if type(one) is int), default=0)
+
+    heads = number("attention.head_count") or 1
+    size = number("attention.key_length") or number("embedding_length") // heads
+    found = template or metadata.get("tokenizer.chat_template")
+    flaws = () if isinstance(found, str) and found else ((f"{path} has no chat template.", NO_TEMPLATE),)
+    return Model(
+        os.path.dirname(path),
+        re.sub(r"(-0*1-of-\d+)?\.gguf$", "", os.path.basename(path)),
+        context=number("context_length"),
+        quantised=True,
+        since=since,
+        dialect=read_dialect(found if isinstance(found, str) else ""),
+        files=(os.path.basename(path),),
+        cache=number("block_count")
+        * (number("attention.head_count_kv") or heads)
+        * (size + (number("attention.value_length") or size)),
+        flaws=flaws,
+    )
+
+
+def _read_gguf(path: Path, template: str) -> Model:
+    model = inspect_gguf(str(path), read_metadata(path), template)
+    part = re.search(r"^(.*-)(\d+)(-of-)(\d+)(\.gguf)$", path.name, re.IGNORECASE)
+    count, width = (int(part[4]), len(part[4])) if part else (1, 0)
+    names = (
+        [f"{part[1]}{at:0{width}}{part[3]}{part[4]}{part[5]}" for at in range(1, count + 1)] if part else [path.name]
+    )
+    missing = [name for name in names if not (path.parent / name).exists()]
+    flaws = [*model.flaws]
+    if missing:
+        message = f"{path} is one of {count} files, of which {len(missing)} are missing, {missing[0]} first."
+        flaws.append((message, DOWNLOAD.format(path.parent)))
+    weights = sum((path.parent / name).stat().st_size for name in names if name not in missing)
+    return dataclasses.replace(model, files=tuple(names), weights=weights, flaws=tuple(flaws))
+
+
+class Download:
+    """How far the engine is with downloading a model of Hugging Face's into the cache."""
+
+    def __init__(self, name: str) -> None:
+        self._folder, self._total = hub_folder(name, os.environ), 0
+        self._began, self._first, self._told = time.monotonic(), -1, 0.0
+        self._text = ""
+        threading.Thread(target=self._ask, args=(name,), daemon=True).start()
+
+    def _ask(self, name: str) -> None:
+        """How much there is to download. Source: the hub's API, /api/models/{name}?blobs=true."""
+        host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            with urllib.request.urlopen(f"{host}/api/models/{name}?blobs=true", timeout=10) as reply:
+                files = map(as_object, as_list(as_object(json.loads(reply.read(16 << 20))).get("siblings")))
+            wanted = (one for one in files if str(one.get("rfilename")).endswith((".safetensors", ".json", ".jinja")))
+            self._total = sum(size for one in wanted if type(size := one.get("size")) is int)
+
+    def progress(self) -> str:
+        """In words, for a person, at most twice a second anew; "" before the first byte."""
+        now, done = time.monotonic(), 0
+        if now - self._told < 0.5:
+            return self._text
+        with contextlib.suppress(OSError):  # a file that was renamed just now
+            done = sum(path.stat().st_size for path in (self._folder / "blobs").iterdir())
+        self._first, self._told = (done if self._first < 0 else self._first), now
+        rate = (done - self._first) / max(0.5, now - self._began)
+        if done > self._first:
+            whole = f" of {gigabytes(self._total)}" if self._total else ""
+            self._text = f"download {gigabytes(done)}{whole}, {rate / 1e6:.1f} MB/s"
+        return self._text
+
+
+def read_model(path: str, arch: str = "", template: str = "") -> Model:
+    """Read what `path` (a folder, a GGUF file, or a Hugging Face id) holds. `template`: one that stands for its own.
+    Raises AnyclaudeError for what cannot be a model."""
+    folder = Path(path)
+    if not folder.is_absolute():  # a Hugging Face id
+        snapshot = _hub_snapshot(path)
+        if snapshot:
+            with contextlib.suppress(AnyclaudeError):
+                model = read_model(str(snapshot), arch, template)
+                if not model.flaws:  # all there: used as it lies, without the network
+                    return dataclasses.replace(model, name=folder.name)
+        return Model(path, folder.name, arch, on_disk=False, dialect=read_dialect(template))  # the engine downloads it
+    if not folder.exists() or not (folder.is_dir() or folder.suffix.lower() == ".gguf"):
+        what = "is neither a folder nor a .gguf file" if folder.exists() else "does not exist"
+        raise AnyclaudeError(f"the model {path} {what}.", "Name the model's folder: --model-path /path/to/folder")
+    ggufs = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+    first = [one for one in ggufs if not re.search(r"-0*[1-9]\d*-of-\d+\.gguf$", one.name) or "-00001-of-" in one.name]
+    if folder.is_file() or (ggufs and not any(folder.glob("*.safetensors"))):
+        chosen = [one for one in first if "mmproj" not in one.name] or ggufs
+        if len(chosen) > 1:
+            listed = "".join(f"\n  --model-path {shlex.quote(str(one))}" for one in chosen)
+            raise AnyclaudeError(f"{path} holds {len(chosen)} GGUF models.", f"Name one of them:{listed}")
+        return _read_gguf(chosen[0], template)
+    return _read_folder(folder, arch, template)
 
 
 # === 4 Engine =================================================================================
@@ -900,22 +1269,53 @@ def read_model(path: str, arch: str = "") -> Model:
 
 @dataclass(frozen=True)
 class Generation:
-    """How one generation of mistral.rs is called. `text`, `auto`: its subcommands for a named architecture and for
-    automatic loading; `isq_behind`: --isq belongs behind the subcommand (in front of it, it is dropped)."""
+    """How one generation of mistral.rs is called. `text`, `auto`, `gguf`: its subcommands for a named architecture, for
+    automatic loading and for GGUF files (with what comes before -m); `isq_behind`: --isq and what the cache is told belong
+    behind the subcommand (in front of it, they are dropped); `joint`: between GGUF files; `paged_off`, `paged_tokens`: the
+    flags of paged attention; `package`: what cargo builds it from."""
 
     program: str
     front: tuple[str, ...]
     host: str
     text: str
     auto: str
+    gguf: tuple[str, ...]
     isq_behind: bool
+    joint: str
+    paged_off: tuple[str, ...]
+    paged_tokens: str
+    package: str
 
 
 # Newest first. Source: mistralrs-cli/src/args/ at v0.7.0, v0.8.0 and v0.9.2; mistralrs-server/src/main.rs and
-# mistralrs-core/src/model_selected.rs at v0.6.0 and v0.7.0; the --help texts of 0.7.0 and 0.8.1.
+# mistralrs-core/src/model_selected.rs at v0.6.0 and v0.7.0; the --help texts of 0.7.0, 0.8.1 and 0.9.2.
 GENERATIONS = (
-    Generation("mistralrs", ("serve",), "--host", "text", "auto", isq_behind=True),
-    Generation("mistralrs-server", (), "--serve-ip", "plain", "run", isq_behind=False),
+    Generation(
+        "mistralrs",
+        ("serve",),
+        "--host",
+        "text",
+        "auto",
+        ("text", "--format", "gguf"),
+        isq_behind=True,
+        joint=";",
+        paged_off=("--paged-attn", "off"),
+        paged_tokens="--pa-context-len",
+        package="mistralrs-cli",
+    ),
+    Generation(
+        "mistralrs-server",
+        (),
+        "--serve-ip",
+        "plain",
+        "run",
+        ("gguf",),
+        isq_behind=False,
+        joint=" ",
+        paged_off=("--no-paged-attn",),
+        paged_tokens="--pa-ctxt-len",
+        package="mistralrs-server",
+    ),
 )
 # What the chat endpoint can, and since when. Source: mistralrs-server-core/src and mistralrs-core/src/engine at v0.6.0,
 # v0.7.0, v0.8.0 and v0.9.2.
@@ -926,12 +1326,16 @@ SINCE: dict[str, Version] = {
     "forced calls": (0, 8, 4),
     "counts tokens": (0, 8, 4),
     "arguments as objects": (0, 9, 0),
+    "reuses prompts with paged attention": (0, 7, 0),
 }
 # What the engine's log says when it fails -> what to do. Source: mistral.rs at v0.6.0 to v0.9.2, and runs of 0.8.1 and 0.9.5.
 LOG_HINTS = (
     (r"Address already in use", "Another program took the port. Choose another: --engine-port 8082"),
     (
-        r"does not fit on the devices|[Oo]ut ?[Oo]f ?[Mm]emory",
+        (
+            r"does not fit on the devices|[Oo]ut ?[_Oo][Ff]_? ?[Mm]emory|OUT_OF_MEMORY|Num GPU blocks is 0|No more devices to map"
+            r"|Failed to allocate|Insufficient Memory"
+        ),
         "Quantise it harder (--isq Q3K), or choose a smaller model.",
     ),
     (r"Unknown architecture", "Correct --arch, or leave it out."),
@@ -950,34 +1354,169 @@ SUPERVISE = "--supervise-engine"  # internal: the command line of the engine's p
 
 @dataclass(frozen=True)
 class Engine:
-    """A mistral.rs program on this machine. `model_help`: the --help text of its subcommand for text models."""
+    """A mistral.rs program on this machine. `help`, `model_help`: the --help texts of the server and of its subcommand
+    for text models."""
 
     program: Path
     generation: Generation
     version: Version
     model_help: str = ""
+    help: str = ""
 
     def __str__(self) -> str:
-        return f"{self.generation.program} {'.'.join(map(str, self.version))} ({self.program})"
+        return f"{self.generation.program} {dotted(self.version)} ({self.program})"
 
 
-def command_line(engine: Engine, model: Model, port: int, isq: str = "", extra: Sequence[str] = ()) -> list[str]:
+def dotted(version: Version) -> str:
+    """A version as people write it."""
+    return ".".join(map(str, version))
+
+
+def lists(help_text: str, flag: str) -> bool:
+    """Whether a --help text lists `flag`."""
+    return re.search(rf"(?m)(^|[\s,]){re.escape(flag)}(?![\w-])", help_text) is not None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`accelerator`: "metal", "cuda" or "" (the processor); `memory`: bytes that the engine may have, by `source`."""
+
+    accelerator: str = ""
+    memory: int = 0
+    source: str = ""
+
+
+def read_machine(limit: int = 0) -> Machine:
+    """Ask the system. `limit`: the user's own figure, in MB, in place of what was found."""
+
+    def number(*command: str) -> int:
+        return sum(int(line) for line in output_of(*command).split("\n") if line.strip().isdigit())
+
+    if sys.platform == "darwin":
+        total, wired = number("sysctl", "-n", "hw.memsize"), number("sysctl", "-n", "iogpu.wired_limit_mb") << 20
+        # what macOS lets a GPU wire. Source: mistralrs-core/src/utils/memory_usage.rs at v0.7.0 to v0.9.2
+        usable, source = (
+            wired or (total * 2 // 3 if total <= 36 << 30 else total * 3 // 4),
+            "what macOS gives to the GPU",
+        )
+        accelerator = "metal" if os.uname().machine == "arm64" else ""
+    else:
+        gpus = number("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") << 20
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(OSError, ValueError):  # of a container; "max" is no limit
+            total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        usable, source, accelerator = total - max(2 << 30, total // 10), "this machine's, less a tenth", ""
+        if gpus:
+            usable, source, accelerator = gpus * 9 // 10, "the GPU's, less a tenth", "cuda"
+    return Machine(accelerator, *((limit << 20, "memoryLimit") if limit else (max(0, usable), source)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a model is laid into memory. `window`: tokens, 0 if unknown; `cached`: how many earlier sequences stay cached,
+    0 for the engine's own choice; `weights`, `token`: bytes, of the model and of a token's share of the cache."""
+
+    window: int = 0
+    cached: int = 0
+    weights: int = 0
+    token: int = 0
+
+
+CACHED_SEQUENCES = 16  # the engines' own default of --prefix-cache-n
+SMALLEST_WINDOW = 4096  # tokens
+LEAN_WINDOW = 65536  # below it the client's whole tool set takes too much of the window
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / (1 << 30):.1f} GB"
+
+
+def fit(model: Model, machine: Machine, isq: str, wanted: int = 0) -> Fit:
+    """The largest window whose cache fits beside the weights: that of the running sequence, and those of the sequences
+    that stay cached. Pure. `wanted`: the user's own window, which is not questioned. Raises AnyclaudeError, with the
+    figures, for a model that cannot fit."""
+    weights, token = model.size(isq), model.cache * 2  # 16 bits a number, as the engine keeps them everywhere
+    limit = wanted or model.context
+    if not weights or not token or not machine.memory:
+        return Fit(limit, 0, weights, token)
+    room = machine.memory - weights - max(256 << 20, weights // 20)  # what else it needs to compute with
+    tokens = max(0, room) // token
+    if tokens < 2 * SMALLEST_WINDOW:
+        smaller = [name for name in ("Q4K", "Q3K", "Q2K") if model.size(name) < 0.95 * weights]
+        harder = (
+            f"Quantise it harder (--isq {smaller[0]}: {gigabytes(model.size(smaller[0]))}), or choose"
+            if smaller
+            else "Choose"
+        )
+        needs = weights + 2 * SMALLEST_WINDOW * token + max(256 << 20, weights // 20)
+        raise AnyclaudeError(
+            f"{model.name} does not fit: its weights take {gigabytes(weights)}, with the least of a context window "
+            f"{gigabytes(needs)}, and the engine may have {gigabytes(machine.memory)} ({machine.source}).",
+            f'{harder} a smaller model. If it has more memory than that: "memoryLimit" (in MB) in ~/{SETTINGS_FILE}',
+        )
+    share = (
+        tokens // 3 if tokens // 3 >= LEAN_WINDOW else tokens // 2
+    )  # two cached sequences, or one: the main session's
+    window = wanted or min(limit or share, share)
+    window = window if window < 2048 or window == limit else window // 1024 * 1024
+    return Fit(window, max(1, min(CACHED_SEQUENCES, tokens // window - 1)), weights, token)
+
+
+def command_line(
+    engine: Engine,
+    model: Model,
+    port: int,
+    isq: str = "",
+    extra: Sequence[str] = (),
+    plan: Fit = Fit(),
+    accelerator: str = "",
+) -> list[str]:
     """The argument list that serves `model` on the loopback. Pure. An `extra` flag that the model subcommand lists
-    goes behind it, any other in front."""
+    goes behind it, any other in front; what only helps is passed if the engine lists it."""
     generation = engine.generation
     front = ["--port", str(port), generation.host, LOOPBACK, *(["--token-source", "none"] if model.on_disk else [])]
+    if plan.cached and lists(engine.help, "--prefix-cache-n"):
+        front += ["--prefix-cache-n", str(plan.cached)]
     behind = [generation.text if model.arch else generation.auto, "-m", model.path]
-    if model.arch:
+    if model.files:
+        behind = [*generation.gguf, "-m", model.path, "-f", generation.joint.join(model.files)]
+    elif model.arch:
         behind += ["-a", model.arch]
+    place = behind if generation.isq_behind else front
     if isq and isq.lower() != "none" and not model.quantised:
-        (behind if generation.isq_behind else front).extend(["--isq", isq])
+        place.extend(["--isq", isq])
+    if accelerator == "cuda":  # elsewhere it is off, and what is reused then is more
+        tokens = [generation.paged_tokens, str(plan.window * (1 + plan.cached))]
+        reuses = engine.version >= SINCE["reuses prompts with paged attention"]
+        flags = (tokens if plan.cached else []) if reuses else list(generation.paged_off)
+        place.extend(flags if flags and lists(engine.model_help + engine.help, flags[0]) else [])
     place = front
     for argument in extra:
         if argument.startswith("-"):
-            name = re.escape(argument.partition("=")[0])
-            place = behind if re.search(rf"(?m)(^|[\s,]){name}(?![\w-])", engine.model_help) else front
+            place = behind if lists(engine.model_help, argument.partition("=")[0]) else front
         place.append(argument)
     return [str(engine.program), *generation.front, *front, *behind]
+
+
+def shadowed(model: Model) -> Model:
+    """A model quantised for MLX as mistral.rs reads it: a folder of links to its files, but for a config.json that says
+    `quantization_config` where MLX says `quantization`. The original stays as it is."""
+    if model.mlx != "shadow":
+        return model
+    original = Path(model.path)
+    shadow = state_path(
+        "cache", "models", f"{original.name}-{hashlib.sha256(model.path.encode()).hexdigest()[:8]}", "config.json"
+    )
+    config = read_json(original / "config.json")
+    shared = {path.name for path in original.iterdir()} - {"config.json", "params.json", "consolidated.safetensors"}
+    for link in shadow.parent.iterdir():
+        if link.name not in shared or os.readlink(link) != str(original / link.name):
+            link.unlink()
+    for name in shared - {path.name for path in shadow.parent.iterdir()}:
+        (shadow.parent / name).symlink_to(original / name)
+    write_json(shadow, {**config, "quantization_config": config["quantization"]})
+    return dataclasses.replace(model, path=str(shadow.parent))
 
 
 def dialect_on(dialect: Dialect, version: Version) -> Dialect:
@@ -1001,12 +1540,14 @@ def probe_engine(program: Path) -> Engine | None:
     if not found:
         return None
     generation = next(row for row in GENERATIONS if row.program == found[1])
-    model_help = output_of(str(program), *generation.front, generation.text, "--help")
-    return Engine(program, generation, (int(found[2]), int(found[3]), int(found[4])), model_help)
+    front = (str(program), *generation.front)
+    helps = output_of(*front, generation.text, "--help"), output_of(*front, "--help")
+    return Engine(program, generation, (int(found[2]), int(found[3]), int(found[4])), *helps)
 
 
-def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
-    """The program to use: the setting, else the newest generation, in the first folder that has it."""
+def find_engine(settings: Settings, environ: Mapping[str, str], offer: bool = True) -> Engine:
+    """The program to use: the setting, else the newest generation, in the first folder that has it. One that was built
+    here comes first. Offers to build it on a terminal."""
     if settings.binary:
         engine = probe_engine(Path(settings.binary)) if is_program(Path(settings.binary)) else None
         if engine is None:
@@ -1014,19 +1555,225 @@ def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
             raise AnyclaudeError(message, 'Correct "binary" in the settings, or remove it.')
         return engine
     home, release = Path.home(), Path(os.path.expanduser(settings.source_dir)) / "target" / "release"
-    folders = [*search_path(environ), release, home / ".local/bin", home / ".mistralrs", home / ".cargo/bin"]
+    places = [home / ".local/bin", home / ".mistralrs", home / ".cargo/bin"]
+    folders = [home / ".anyclaude/bin", *search_path(environ), release, *places]
     for generation in GENERATIONS:
         for program in filter(None, (which(generation.program, [folder]) for folder in folders)):
             engine = probe_engine(program)
             if engine:
                 return engine
             say(f"passing over {program}: it does not run here")
+    if offer and agrees("mistral.rs was not found. Build it now? That takes 10 to 40 minutes, once."):
+        engine = probe_engine(build(settings, environ))
+        if engine:
+            return engine
     raise AnyclaudeError(
-        "mistral.rs was not found: no mistralrs or mistralrs-server on PATH, in ~/.local/bin, ~/.mistralrs, "
+        "mistral.rs was not found: no mistralrs or mistralrs-server on PATH, in ~/.anyclaude/bin, ~/.local/bin, ~/.mistralrs, "
         f"~/.cargo/bin or {release}.",
-        f"cargo install --locked mistralrs-cli{' --features metal' if sys.platform == 'darwin' else ''}   (needs Rust)\n"
+        "anyclaude build   (the same as: cargo install --locked mistralrs-cli, with the features of this machine)\n"
         'or say where it is: "binary" in ~/.anyclauderc.json. To look around without a model: anyclaude --demo',
     )
+
+
+REPOSITORY = "https://github.com/EricLBuehler/mistral.rs"
+TESTED_TAG = "v0.9.2"  # what is built where nothing else is asked for; every test of a real engine passes with it
+REGISTRY = "0.8.1"  # the newest that crates.io has, for machines without git
+BUILD_DISK = 6 << 30  # bytes that a build writes, at the most
+RUST = "curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+BUILD_TOOLS = "xcode-select --install" if sys.platform == "darwin" else "sudo apt install build-essential git"
+# What cargo says when it fails -> what to do.
+BUILD_HINTS = (
+    (r"linker `?cc`? not found|`cc`.{0,40}not found|ToolNotFound", BUILD_TOOLS),
+    (r"[Nn]o space left", "Make room on the disk, and build again: what is compiled stays."),
+    (r"signal: 9|SIGKILL", "The machine ran out of memory. One compiler at a time: CARGO_BUILD_JOBS=1 anyclaude build"),
+    (r"requires rustc|rustc .* is not supported", "rustup update stable"),
+    (r"unable to find utility .metal|missing Metal Toolchain", "xcodebuild -downloadComponent MetalToolchain"),
+    (r"[Cc]ould not find .{0,20}openssl|pkg-config", "sudo apt install pkg-config libssl-dev"),
+    (r"nvcc|cuda", "Check that nvcc and the driver fit together (nvidia-smi), or build without: PATH without nvcc."),
+    (
+        r"[Cc]ould not resolve|failed to download|network",
+        "Check the connection, and build again: it goes on where it stopped.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `anyclaude doctor`. `state`: "ok", "warning" or "failure"."""
+
+    name: str
+    state: str
+    text: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Build:
+    """How mistral.rs would be built. `source`: the checkout, None for the registry's crate; `tag`: what is cloned there
+    first, "" for a checkout of the user's own; `program`: what comes out."""
+
+    source: Path | None
+    tag: str
+    generation: Generation
+    features: tuple[str, ...]
+    program: Path
+
+    @property
+    def words(self) -> str:
+        """What is built from what."""
+        place = f"from {self.source}" if self.source and not self.tag else f"{self.tag} from {REPOSITORY}"
+        where = place if self.source else f"mistralrs-cli {REGISTRY} from crates.io"
+        return f"{self.generation.program} {where}, features: {', '.join(self.features) or 'none'}"
+
+    def command(self, cargo: Path) -> list[str]:
+        """The argument list."""
+        features = ["--features", ",".join(self.features)] if self.features else []
+        if self.source is None:
+            root = ["--root", str(self.program.parent.parent)]
+            return [str(cargo), "install", "--locked", "--force", *root, f"mistralrs-cli@{REGISTRY}", *features]
+        locked = ["--locked"] if self.tag else []
+        return [str(cargo), "build", "--release", *locked, "-p", self.generation.package, *features]
+
+
+def plan_build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Build:
+    """What to build: the user's checkout, else a clone of the tag, else the registry's crate."""
+    features = {"metal": ("metal",), "cuda": ("cuda",), "": ()}[read_machine().accelerator]
+    if features == ("cuda",) and not which("nvcc", [*search_path(environ), "/usr/local/cuda/bin"]):
+        features = ()
+    own = Path(os.path.expanduser(settings.source_dir))
+    if (own / "Cargo.toml").is_file() and not tag:
+        generation = next((row for row in GENERATIONS if (own / row.package / "Cargo.toml").is_file()), GENERATIONS[0])
+        return Build(own, "", generation, features, own / "target" / "release" / generation.program)
+    home = state_path("bin", "")
+    if which("git", search_path(environ)):
+        tag = tag or TESTED_TAG
+        modern = tuple(map(int, re.findall(r"\d+", tag)[:2])) >= (0, 7) or not re.match(r"v\d", tag)
+        generation = GENERATIONS[0] if modern else GENERATIONS[1]
+        return Build(
+            state_path("src", f"mistral.rs-{tag.replace('/', '-')}"),
+            tag,
+            generation,
+            features,
+            home / generation.program,
+        )
+    if tag:
+        raise AnyclaudeError(f"git was not found, and {tag} must be cloned.", BUILD_TOOLS)
+    return Build(None, "", GENERATIONS[0], features, home / GENERATIONS[0].program)
+
+
+def check_build(plan: Build, environ: Mapping[str, str]) -> list[Check]:
+    """Whether all that a build needs is there."""
+    path = [*search_path(environ), Path.home() / ".cargo/bin"]
+    cargo = which("cargo", path)
+    checks = [
+        Check("cargo", "ok", str(cargo)) if cargo else Check("cargo", "failure", "Rust's cargo was not found", RUST)
+    ]
+    manifest = plan.source / "Cargo.toml" if plan.source else None
+    text = manifest.read_text(encoding="utf-8") if manifest and manifest.is_file() else ""
+    wanted = re.search(r'(?m)^rust-version *= *"(\d+)\.(\d+)', text)
+    rustc = which("rustc", path)
+    has = re.search(r"rustc (\d+)\.(\d+)", output_of(str(rustc), "--version")) if rustc else None
+    if cargo and has:
+        least = (int(wanted[1]), int(wanted[2])) if wanted else (1, 88)
+        good = (int(has[1]), int(has[2])) >= least
+        words = f"{has[0]}, {least[0]}.{least[1]} or newer is needed"
+        checks.append(Check("rustc", "ok" if good else "failure", words, "" if good else "rustup update stable"))
+    compiler = which("cc", path)
+    checks.append(
+        Check("compiler", "ok", str(compiler))
+        if compiler
+        else Check("compiler", "failure", "there is no cc", BUILD_TOOLS)
+    )
+    if "metal" in plan.features:
+        metal = output_of("xcrun", "--find", "metal").strip()
+        fix = "xcodebuild -downloadComponent MetalToolchain"
+        modern = plan.generation is GENERATIONS[0]
+        late = Check("metal", "warning", "no Metal toolchain: kernels are compiled at the first use", fix)
+        none = Check("metal", "failure", "there is no Metal toolchain", fix)
+        checks.append(Check("metal", "ok", metal) if metal.startswith("/") else late if modern else none)
+    place = next(folder for folder in (plan.program, *plan.program.parents) if folder.is_dir())
+    free, memory = shutil.disk_usage(place).free, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    disk = f"{gigabytes(free)} free, a build takes up to {gigabytes(BUILD_DISK)}"
+    checks.append(
+        Check("disk", "ok" if free > BUILD_DISK else "failure", disk, "" if free > BUILD_DISK else "Make room.")
+    )
+    if memory < 4 << 30:
+        few = f"{gigabytes(memory)} of memory are few for rustc"
+        checks.append(Check("memory", "warning", few, "If it is killed: CARGO_BUILD_JOBS=1 anyclaude build"))
+    return checks
+
+
+def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path:
+    """Build mistral.rs -> the program. What is compiled stays when it is interrupted. Raises AnyclaudeError."""
+    plan = plan_build(settings, environ, tag)
+    say(f"building {plan.words}")
+    log_path = state_path("logs", "build.log")
+    log = rotated_log(log_path)
+    path = os.pathsep.join([environ.get("PATH", os.defpath), str(Path.home() / ".cargo/bin")])
+    env = {**environ, "PATH": path, "CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "100"}
+    if plan.tag and plan.source and not plan.source.is_dir():
+        with tempfile.TemporaryDirectory(dir=plan.source.parent) as folder:  # half a clone is none
+            git = which("git", search_path(environ))
+            clone = [str(git), "clone", "--quiet", "--depth", "1", "--branch", plan.tag, REPOSITORY, f"{folder}/source"]
+            run_build(clone, folder, env, log, log_path)
+            os.replace(f"{folder}/source", plan.source)
+    problems = []
+    for check in check_build(plan, environ):  # behind the clone, which says how new Rust must be
+        if check.state != "ok":
+            say(f"{check.state}: {check.text}\nfix: {check.fix}")
+            problems += [check] if check.state == "failure" else []
+            env.update({"MISTRALRS_METAL_PRECOMPILE": "0"} if check.name == "metal" else {})
+    if problems:
+        raise AnyclaudeError(f"it cannot be built yet: {problems[0].text}.", problems[0].fix)
+    cargo = which("cargo", path.split(os.pathsep))
+    assert cargo is not None
+    target = plan.program.parent.parent if plan.source and not plan.tag else state_path("build", "")
+    begun = time.monotonic()
+    run_build(plan.command(cargo), str(plan.source or target), {**env, "CARGO_TARGET_DIR": str(target)}, log, log_path)
+    if plan.tag:
+        fresh = plan.program.with_name(f".{plan.program.name}")  # in one step: an engine may run from there
+        shutil.copy2(target / "release" / plan.program.name, fresh)
+        os.replace(fresh, plan.program)
+    say(f"built in {(time.monotonic() - begun) / 60:.0f} min: {plan.program}")
+    return plan.program
+
+
+def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: int, log_path: Path) -> None:
+    """Run one step of a build, its output in the log and how far it is on the terminal. Raises AnyclaudeError."""
+    begun = told = time.monotonic()
+    pipe, joined, null = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=folder, env=dict(env), stdin=null, stdout=pipe, stderr=joined)
+    assert process.stdout is not None
+    rest, tail = b"", list[str]()
+    try:
+        while data := os.read(process.stdout.fileno(), 65536):
+            *lines, rest = re.split(rb"[\r\n]", rest + data)
+            for line in filter(None, (plain(line.decode("utf-8", "replace")).strip() for line in lines)):
+                progress = re.match(r"Building \[.*\] (\d+)/(\d+)", line)
+                if not progress:
+                    os.write(log, f"{line}\n".encode())
+                    tail = [*tail[-40:], line]
+                elapsed = time.monotonic() - begun
+                done = f"{progress[1]} of {progress[2]} crates, " if progress else ""
+                words = f"building: {done}{elapsed // 60:.0f}:{elapsed % 60:02.0f}"
+                TERMINAL.waiting(words if progress else f"{words} {line}")
+                if progress and time.monotonic() - told > 60 and not sys.stderr.isatty():
+                    told = time.monotonic()
+                    say(words)
+        status = process.wait()
+    except KeyboardInterrupt:
+        raise AnyclaudeError("stopped; what is compiled stays.", "To go on: the same command again") from None
+    finally:
+        TERMINAL.waiting("")
+        if process.poll() is None:
+            terminate(process)
+        process.stdout.close()
+    if status:
+        first = next((at for at, line in enumerate(tail) if line.startswith("error")), max(0, len(tail) - 8))
+        shown = tail[first : first + 8]
+        hints = (hint for line in shown for pattern, hint in BUILD_HINTS if re.search(pattern, line))
+        message = f"{Path(command[0]).name} failed ({ending(status)}):" + "".join(f"\n  {line}" for line in shown)
+        raise AnyclaudeError(message, next(hints, f"Read the whole log: less {log_path}"))
 
 
 class _Files:
@@ -1037,6 +1784,7 @@ class _Files:
 
     def __init__(self, port: int) -> None:
         names = ("sessions", "alive", "starting", "json")
+        self.port = port
         self.sessions, self.alive, self.starting, self.state = (state_path("run", f"engine-{port}.{n}") for n in names)
 
     def read_state(self) -> Json:
@@ -1044,6 +1792,27 @@ class _Files:
         with contextlib.suppress(AnyclaudeError):
             return read_json(self.state)
         return {}
+
+    def engine_runs(self) -> bool:
+        """Whether the engine has a parent, which holds `alive`. While it is being restarted, too."""
+        return not can_lock(self.alive, fcntl.LOCK_SH)
+
+    def engine(self) -> int:
+        """The engine's pid, 0 if it is gone. A pid counts only with the time at which that process was born."""
+        state = self.read_state()
+        pid, born = state.get("pid"), state.get("born")
+        return pid if born and isinstance(pid, int) and birth(pid) == born else 0
+
+    def cards(self) -> list[Json]:
+        """What the open sessions say of themselves. Each holds its card locked; a card that nobody holds is removed."""
+        found = []
+        for path in sorted(self.state.parent.glob(f"session-{self.port}-*.json")):
+            with contextlib.suppress(OSError, AnyclaudeError):
+                if can_lock(path, fcntl.LOCK_EX):
+                    path.unlink()
+                else:
+                    found.append(read_json(path))
+        return found
 
 
 def lock(path: Path, kind: int) -> int:
@@ -1067,62 +1836,114 @@ def can_lock(path: Path, kind: int) -> bool:
     return True
 
 
+RESTARTS, RESTART_SECONDS = 3, 600.0  # so many times in so long; then it is given up
+RESTART_PAUSE = 1.0  # seconds, doubled each time
+
+
+class _Supervisor:
+    """The engine's parent: it starts the engine, restarts it when it dies after it has served, and stops it when no session
+    is left. Threads wait for what can happen, and `watch` decides: "ready", "ended", "unused" (no session is left), or
+    "told" (to end)."""
+
+    def __init__(self, spec: Json) -> None:
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._spec, self._files = spec, _Files(spec["port"])
+        self.alive = lock(self._files.alive, fcntl.LOCK_EX)
+        self._state: Json = {**spec, "parent": os.getpid(), "parent_born": birth(os.getpid()), "crashes": 0}
+        if not can_lock(Path(spec["log"]), fcntl.LOCK_EX):  # the log of an engine on another port
+            self._state["log"] = spec["log"].replace(".log", f"-{spec['port']}.log")
+        self._log = rotated_log(Path(self._state["log"]))
+        fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def start(self) -> None:
+        """Start the engine. Raises OSError."""
+        env, log = {**os.environ, **self._spec.get("env", {}), "NO_COLOR": "1"}, self._log
+        line, null = self._spec["command"], subprocess.DEVNULL
+        self.engine = subprocess.Popen(
+            line, stdin=null, stdout=log, stderr=log, cwd=Path.home(), env=env, start_new_session=True
+        )
+        pid = self.engine.pid
+        self._tell(pid=pid, born=birth(pid), started=time.time(), ready=0)
+        for target in (self._wait_for_engine, self._wait_until_ready):
+            threading.Thread(target=target, args=(self.engine,), daemon=True).start()
+
+    def _tell(self, **changes: Any) -> None:
+        self._state.update(changes)
+        write_json(self._files.state, self._state)
+
+    def _wait_for_engine(self, engine: subprocess.Popen[bytes]) -> None:
+        engine.wait()
+        self.events.put("ended")
+
+    def _wait_until_ready(self, engine: subprocess.Popen[bytes]) -> None:
+        while engine.poll() is None:
+            if serves(self._spec["port"]):
+                return self.events.put("ready")
+            time.sleep(0.2)
+
+    def wait_for_last_session(self) -> None:
+        """When nobody has held a session for `keepAlive` seconds, say so. The lock is kept then: a new session waits
+        until the port is free again."""
+        while True:
+            seat = lock(self._files.sessions, fcntl.LOCK_EX)
+            until = time.monotonic() + self._spec.get("keep_alive", 0)
+            while seat >= 0 and (left := until - time.monotonic()) > 0:
+                os.close(seat)
+                time.sleep(min(left, 0.5))  # nothing tells of a lock that is taken
+                try:
+                    seat = lock(self._files.sessions, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    seat = -1
+            if seat >= 0:
+                return self.events.put("unused")
+
+    def watch(self) -> None:
+        """Look after the engine until it is no longer wanted, or not to be kept alive."""
+        served, deaths = False, list[float]()
+        while (event := self.events.get()) in ("ready", "ended"):
+            if event == "ready":
+                served = True
+                self._tell(ready=time.time())
+                continue
+            deaths = [*(one for one in deaths if time.monotonic() - one < RESTART_SECONDS), time.monotonic()]
+            self._tell(exit=self.engine.returncode, ready=0, crashes=len(deaths))
+            if not served or len(deaths) > RESTARTS:
+                return
+            until = time.monotonic() + RESTART_PAUSE * 2 ** (len(deaths) - 1)
+            with contextlib.suppress(queue.Empty):
+                while (event := self.events.get(timeout=max(0.0, until - time.monotonic()))) == "ready":
+                    pass  # of the one that died
+                break
+            self.start()
+        terminate(self.engine, os.killpg)
+        self._files.state.unlink(missing_ok=True)
+
+
 def supervise() -> int:
-    """The engine's parent: start the engine that stdin describes, and stop it when no session is left. It tells the
-    session on stdout that it started, or why not."""
-    spec = json.load(sys.stdin)
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    """The process of the engine's parent, which stdin describes. It tells the session on stdout that the engine was
+    started, or why not."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the engine would inherit
-    signal.signal(signal.SIGTERM, lambda *_: events.put("told"))
-    files = _Files(spec["port"])
-    alive = lock(files.alive, fcntl.LOCK_EX)
+    spec = json.load(sys.stdin)
     try:
-        if not can_lock(Path(spec["log"]), fcntl.LOCK_EX):  # the log of an engine on another port
-            spec["log"] = spec["log"].replace(".log", f"-{spec['port']}.log")
-        log = rotated_log(Path(spec["log"]))
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        command, home, null = spec["command"], Path.home(), subprocess.DEVNULL
-        env = {**os.environ, "NO_COLOR": "1"}
-        engine = subprocess.Popen(
-            command, stdin=null, stdout=log, stderr=log, cwd=home, env=env, start_new_session=True
-        )
+        parent = _Supervisor(spec)
+        signal.signal(signal.SIGTERM, lambda *_: parent.events.put("told"))
+        parent.start()
     except OSError as error:
         print(f"{error.filename or spec['command'][0]}: {error.strerror}", flush=True)
         return 1
     try:
-        _watch(engine, {**spec, "pid": engine.pid, "born": birth(engine.pid)}, files, events)
+        with contextlib.suppress(OSError):  # the session may be gone already
+            print("started", flush=True)
+        null = os.open(os.devnull, os.O_RDWR)
+        for handle in (0, 1, 2):
+            os.dup2(null, handle)
+        threading.Thread(target=parent.wait_for_last_session, daemon=True).start()
+        parent.watch()
     finally:  # whatever happens here, no engine is left without a parent
-        terminate(engine, os.killpg)
-        os.close(alive)  # before `sessions`, so that who gets that one finds this one free
+        terminate(parent.engine, os.killpg)
+        os.close(parent.alive)  # before `sessions`, so that who gets that one finds this one free
         os._exit(0)  # a thread may still wait
-
-
-def _watch(engine: subprocess.Popen[bytes], state: Json, files: _Files, events: queue.SimpleQueue[str]) -> None:
-    """Tell of the engine and wait until it is no longer wanted. Two threads wait for the two events (the engine ends,
-    the last session is gone), so nothing is polled."""
-
-    def wait_for_engine() -> None:
-        engine.wait()
-        events.put("ended")
-
-    def wait_for_last_session() -> None:
-        lock(files.sessions, fcntl.LOCK_EX)  # held to the end: a new session waits until the port is free again
-        events.put("unused")
-
-    write_json(files.state, state)
-    with contextlib.suppress(OSError):  # the session may be gone already
-        print("started", flush=True)
-    null = os.open(os.devnull, os.O_RDWR)
-    for handle in (0, 1, 2):
-        os.dup2(null, handle)
-    for target in (wait_for_engine, wait_for_last_session):
-        threading.Thread(target=target, daemon=True).start()
-    if events.get() == "ended":
-        write_json(files.state, {**state, "exit": engine.returncode})
-    else:
-        terminate(engine, os.killpg)
-        files.state.unlink()
 
 
 def birth(pid: int) -> str:
@@ -1176,28 +1997,50 @@ def answers(url: str) -> bool:
         return False
 
 
-class EngineShare:
-    """This session's share in an engine: made by starting or joining one, given back by `close`."""
+def serves(port: int) -> bool:
+    """Whether an engine on the loopback answers."""
+    return any(answers(f"http://{LOOPBACK}:{port}{path}") for path in ("/health", "/v1/models"))
 
-    def __init__(self, port: int, command: list[str], model: Model) -> None:
+
+def stop_orphan(files: _Files) -> None:
+    """Stop an engine whose parent was killed, and remove what it left."""
+    pid = files.engine()
+    for number in (signal.SIGTERM, signal.SIGKILL) if pid else ():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and not port_is_free(files.port):
+            time.sleep(0.05)
+    files.state.unlink(missing_ok=True)
+
+
+class EngineShare:
+    """This session's share in an engine: made by starting or joining one, given back by `close`.
+
+    `engine`: what it is, in words; `keep_alive`: seconds that it stays when the last session is gone."""
+
+    def __init__(
+        self, port: int, command: list[str], model: Model, engine: str = "mistral.rs", keep_alive: int = 0
+    ) -> None:
         self.port, self.log = port, state_path("logs", "mistralrs-server.log")
-        self._files = _Files(port)
+        self.engine, self._files = engine, _Files(port)
+        self._spec = {"engine": engine, "keep_alive": keep_alive}
         starting = lock(self._files.starting, fcntl.LOCK_EX)
         try:
             self._seat = lock(self._files.sessions, fcntl.LOCK_SH)  # waits while an engine here is being stopped
             try:
-                self.joined = self._engine_runs()
+                self.joined = self._files.engine_runs()
                 if not self.joined:
                     self._start(command, model)
                 self._join(model)
+                self._card_path = state_path("run", f"session-{port}-{os.getpid()}.json")
+                self._card = lock(self._card_path, fcntl.LOCK_EX)
+                os.write(self._card, json.dumps({"pid": os.getpid(), "folder": os.getcwd()}).encode())
             except BaseException:
                 os.close(self._seat)
                 raise
         finally:
             os.close(starting)
-
-    def _engine_runs(self) -> bool:
-        return not can_lock(self._files.alive, fcntl.LOCK_SH)
 
     def _others(self) -> bool:
         """Whether other sessions have a share (then it is to be had shared, and not alone)."""
@@ -1205,19 +2048,19 @@ class EngineShare:
 
     def _join(self, model: Model) -> None:
         state = self._files.read_state()
-        if state.get("model") != model.path:
+        if state.get("model") != model.place:
             message = f"port {self.port} is taken: another session of yours serves {state.get('model')} there."
             raise AnyclaudeError(message, f"Close that session, or choose another port: --engine-port {self.port + 1}")
         self.log = Path(state["log"])
 
     def _start(self, command: list[str], model: Model) -> None:
-        self._stop_orphan()
+        stop_orphan(self._files)
         if not port_is_free(self.port):
             error = port_taken("", self.port, "--engine-port")
             use = f"--base-url http://localhost:{self.port}/v1"
             error.fix += f"\nor use that server, if it speaks OpenAI's protocol: {use}"
             raise error
-        spec = {"port": self.port, "command": command, "model": model.path, "log": str(self.log)}
+        spec = {**self._spec, "port": self.port, "command": command, "model": model.place, "log": str(self.log)}
         line = [sys.executable, "-I", os.path.abspath(__file__), SUPERVISE]
         pipe = subprocess.PIPE
         parent = subprocess.Popen(line, stdin=pipe, stdout=pipe, cwd=Path.home(), start_new_session=True)
@@ -1230,32 +2073,23 @@ class EngineShare:
             message = f"mistral.rs could not be started: {answer or 'its parent process died'}."
             raise AnyclaudeError(message, 'Check that program, or name another as "binary" in ~/.anyclauderc.json.')
 
-    def _stop_orphan(self) -> None:
-        """Stop an engine whose parent was killed. Its pid counts only with the time at which that process was born."""
-        state = self._files.read_state()
-        pid, born = state.get("pid"), state.get("born")
-        if born and isinstance(pid, int) and birth(pid) == born:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, number)
-                deadline = time.monotonic() + STOP_SECONDS
-                while time.monotonic() < deadline and not port_is_free(self.port):
-                    time.sleep(0.05)
-        self._files.state.unlink(missing_ok=True)
-
-    def wait_until_ready(self, seconds: float) -> str:
+    def wait_until_ready(self, seconds: float, download: Callable[[], str] = str) -> str:
         """Wait until the engine answers over HTTP -> the line of its log that says so, or "".
 
-        Raises AnyclaudeError with the log's last lines when it died or the time is over."""
-        started = time.monotonic()
-        urls = [f"http://{LOOPBACK}:{self.port}{path}" for path in ("/health", "/v1/models")]
-        while not any(map(answers, urls)):
+        `download`: says how far a download is, which is not held against the time. Raises AnyclaudeError with the
+        log's last lines when it died or the time is over."""
+        started, before = time.monotonic(), ""
+        while not serves(self.port):
+            progress = download()
+            if progress != before:
+                started, before = time.monotonic(), progress
             elapsed = time.monotonic() - started
-            if not self._engine_runs():
-                raise self._failure(f"ended while it started (exit status {self._files.read_state().get('exit')})")
+            if not self._files.engine_runs():
+                raise self._failure(f"ended while it started ({ending(self._files.read_state().get('exit'))})")
             if elapsed > seconds:
                 raise self._failure(f'did not answer within {seconds:.0f} s ("startTimeout" in ~/.anyclauderc.json)')
-            TERMINAL.waiting(f"waiting for mistral.rs {elapsed:.0f} s: {''.join(last_lines(self.log, 1))}")
+            said = progress or f"{elapsed:.0f} s: {''.join(last_lines(self.log, 1))}"
+            TERMINAL.waiting(f"waiting for mistral.rs {said}")
             time.sleep(0.1)
         TERMINAL.waiting("")
         owner, engine = port_owner(self.port)[0], self._files.read_state().get("pid")
@@ -1263,6 +2097,25 @@ class EngineShare:
             if owner and os.getpgid(owner) != engine:  # one that took the port while ours was loading
                 raise port_taken("", self.port, "--engine-port")
         return next((line for line in reversed(last_lines(self.log, 20)) if READY_LINE.search(line)), "")
+
+    def trouble(self) -> str:
+        """Why there is no engine any more, and what to do; "" as long as there is one, or it is being restarted."""
+        if self._files.engine_runs():
+            return ""
+        state = self._files.read_state()
+        if "exit" not in state:
+            return "mistral.rs was stopped from outside (anyclaude stop).\nTo go on: start anyclaude again, with --continue."
+        often = f"ended {state.get('crashes')} times and is not restarted any more ({ending(state['exit'])})"
+        error = self._failure(often)
+        return f"{error.message}\n{error.fix}\nThen go on: start anyclaude again, with --continue."
+
+    def restart(self, silent: float) -> None:
+        """Kill an engine that was silent for so many seconds; its parent starts it anew. One that is younger than that
+        was restarted already."""
+        pid, started = self._files.engine(), self._files.read_state().get("started", 0)
+        if pid and time.time() - started > silent:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
 
     def _failure(self, what: str) -> AnyclaudeError:
         lines = [line for line in last_lines(self.log, 99) if not BACKTRACE.match(line)]
@@ -1273,13 +2126,17 @@ class EngineShare:
 
     def close(self) -> None:
         """Give the share back. If it was the last, return when the engine is gone."""
+        self._card_path.unlink(missing_ok=True)
+        os.close(self._card)
         os.close(self._seat)
+        if self._files.read_state().get("keep_alive"):
+            return
         deadline = time.monotonic() + STOP_SECONDS + 3
-        while self._engine_runs() and not self._others() and time.monotonic() < deadline:
+        while self._files.engine_runs() and not self._others() and time.monotonic() < deadline:
             time.sleep(0.02)
         starting = lock(self._files.starting, fcntl.LOCK_EX)
-        if not self._engine_runs() and not self._others():
-            self._stop_orphan()
+        if not self._files.engine_runs() and not self._others():
+            stop_orphan(self._files)
         os.close(starting)
 
 
@@ -1411,6 +2268,7 @@ class Target:
     counts: bool = False  # the engine has /messages/count_tokens
     window: int = 0
     max_tokens: int = 32768
+    stall: float = 900.0  # seconds without a byte, after which it is taken for hung
     sampling: Mapping[str, float] = field(default_factory=dict)
     dialect: Dialect = Dialect()
 
@@ -3033,7 +3891,6 @@ def _arguments_of(text: str) -> Json:
 
 FIRST_WORD_SECONDS = 2.0  # before the reply is begun: an error can still have its HTTP status
 PING_SECONDS = 5.0
-STALL_SECONDS = 900.0
 COUNT_SECONDS = 0.01  # for the engine's own count of tokens
 BODY_LIMIT = 64 << 20  # bytes
 NOT_AVAILABLE = "{} is not available here: a local model answers, and no such service is behind it. Nothing was done."
@@ -3302,7 +4159,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
         try:
             upstream = _Upstream(target, data, self.connection)
         except (OSError, http.client.HTTPException) as error:
-            raise ApiError(529, f"the engine does not answer at {target.url} ({error})") from None
+            trouble = self.server.trouble()  # with it the client need not try again
+            words = trouble or f"the engine does not answer at {target.url} ({error})"
+            raise ApiError(400 if trouble else 529, words) from None
         with contextlib.closing(upstream):
             estimate = estimate_tokens(payload)  # while the engine works
             reply.prompt = counter.corrected(estimate)
@@ -3344,8 +4203,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
                     events, ended = reply.fail(ApiError(500, f"anyclaude: {error!r}")), True
             elif reply.reason:  # it is whole, though the engine neither says so nor leaves
                 events, ended = reply.finish(done=True), True
-            elif time.monotonic() - heard > STALL_SECONDS:
-                events, ended = reply.fail(ApiError(500, f"the engine was silent for {STALL_SECONDS:.0f} s")), True
+            elif time.monotonic() - heard > self.server.target.stall:
+                self.server.restart(self.server.target.stall)
+                silent = f'the engine was silent for {self.server.target.stall:.0f} s ("stallTimeout")'
+                events, ended = reply.fail(ApiError(500 if begun else 529, silent)), True
             if not events and time.monotonic() - said >= patience:
                 events = [*reply.start(), {"type": "ping"}]
             if events and not begun and events[0]["type"] == "error":
@@ -3411,8 +4272,17 @@ class Proxy(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, port: int, target: Target, debug_level: int = 0, memory: Path | None = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        target: Target,
+        debug_level: int = 0,
+        memory: Path | None = None,
+        share: EngineShare | None = None,
+    ) -> None:
         self.target, self.token = target, secrets.token_urlsafe(32)
+        self.trouble: Callable[[], str] = share.trouble if share else str
+        self.restart: Callable[[float], object] = share.restart if share else bool
         self._memory, self._learning = memory, threading.Lock()
         known: Json = {}
         with contextlib.suppress(AnyclaudeError):
@@ -3475,6 +4345,14 @@ class Session:
     window: int
     output: int
 
+    @property
+    def fields(self) -> dict[str, object]:
+        """What the tables of variables are filled with. One tool result may have an eighth of the window, and no more
+        than Claude Code itself allows (25,000 tokens, 30,000 characters)."""
+        eighth = max(1000, self.window // 8)
+        limits = {"result": min(25_000, eighth), "characters": min(30_000, eighth * 3)}
+        return {**dataclasses.asdict(self), **limits}
+
 
 _TIERS = ("", "DEFAULT_OPUS_", "DEFAULT_SONNET_", "DEFAULT_HAIKU_", "DEFAULT_FABLE_", "SMALL_FAST_")
 _PROVIDERS = ("BEDROCK", "VERTEX", "FOUNDRY", "MANTLE", "GATEWAY", "ANTHROPIC_AWS", "ANTHROPIC_GOOGLE_CLOUD")
@@ -3491,6 +4369,9 @@ NO_PROXIES = ("NO_PROXY", "no_proxy")  # the loopback is not reached through the
 DEFAULT_VARIABLES = {  # here the user's own value wins
     "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "{window}",
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "{output}",
+    "CLAUDE_CODE_FILE_READ_MAX_OUTPUT_TOKENS": "{result}",  # from here: no single tool result ends a session
+    "MAX_MCP_OUTPUT_TOKENS": "{result}",
+    "BASH_MAX_OUTPUT_LENGTH": "{characters}",
     "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # from here: a prompt that only ever grows
     "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
     "CLAUDE_CODE_MODEL_CAPABILITIES": "-mid_conv_system,-total_tokens_reminder,-mid_conv_tool_change",
@@ -3505,16 +4386,15 @@ DEFAULT_VARIABLES = {  # here the user's own value wins
 
 def claude_environment(environ: Mapping[str, str], session: Session) -> dict[str, str]:
     """The environment of Claude Code for this session. Pure."""
-    fields = dataclasses.asdict(session)
     ours, defaults = (
-        {name: value.format_map(fields) for name, value in table.items()}
+        {name: value.format_map(session.fields) for name, value in table.items()}
         for table in (OUR_VARIABLES, DEFAULT_VARIABLES)
     )
     direct = {name: ",".join(filter(None, (environ.get(name), f"{LOOPBACK},localhost"))) for name in NO_PROXIES}
     return {**defaults, **environ, **ours, **direct}
 
 
-def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
+def find_claude(settings: Settings, environ: Mapping[str, str], offer: bool = True) -> Path:
     """Claude Code: the setting, PATH, ~/.local/bin, ~/.claude/local. Offers to install it on a terminal."""
     if settings.claude_binary:
         if is_program(Path(settings.claude_binary)):
@@ -3523,11 +4403,14 @@ def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
         raise AnyclaudeError(message, 'Correct "claudeBinary" in ~/.anyclauderc.json, or remove it.')
     folders = [*search_path(environ), Path.home() / ".local/bin", Path.home() / ".claude/local"]
     found, npm = which("claude", folders), which(INSTALL_CLAUDE[0], search_path(environ))
-    if not found and npm and sys.stdin.isatty() and sys.stderr.isatty():
-        say(f"Claude Code was not found. Install it now with {' '.join(INSTALL_CLAUDE)} ? [Y/n]")
-        if sys.stdin.readline().strip().lower() in ("", "y", "yes"):
-            subprocess.run([str(npm), *INSTALL_CLAUDE[1:]], stdout=sys.stderr.fileno(), check=False)
-            found = which("claude", folders)
+    if (
+        not found
+        and npm
+        and offer
+        and agrees(f"Claude Code was not found. Install it now with {' '.join(INSTALL_CLAUDE)} ?")
+    ):
+        subprocess.run([str(npm), *INSTALL_CLAUDE[1:]], stdout=sys.stderr.fileno(), check=False)
+        found = which("claude", folders)
     if not found:
         message = "Claude Code (claude) was not found on PATH, in ~/.local/bin or in ~/.claude/local."
         raise AnyclaudeError(
@@ -3686,6 +4569,12 @@ anyclaude {__version__}: Claude Code on your own model
   --config-file FILE       settings, in place of the .anyclauderc.json found
   --help, --version
 
+  anyclaude doctor         what is there, what is missing, what would be run
+  anyclaude build          build mistral.rs (--tag TAG: that version of it)
+  anyclaude status         the engine that runs: model, memory, sessions, speed
+  anyclaude stop           stop it (--force: with sessions open)
+  anyclaude logs           its log (-f: and what comes)
+
 Everything else, and all behind --, goes to claude.
 
   anyclaude --demo -p "Which files are here?"
@@ -3700,70 +4589,200 @@ def client_name(name: str) -> str:
     return f"local-{name}" if name.lower().startswith("claude") else name
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What would be run for the settings: found out before anything is started."""
+
+    model: Model
+    engine: Engine
+    machine: Machine
+    fit: Fit
+
+    def command(self, settings: Settings, port: int) -> list[str]:
+        """The engine's command line."""
+        model = shadowed(self.model)
+        return command_line(
+            self.engine, model, port, settings.isq, settings.extra_args, self.fit, self.machine.accelerator
+        )
+
+
+def named_template(extra: Sequence[str]) -> str:
+    """The chat template that the engine's extra arguments name; "" if they name none."""
+    for flag, value in zip(extra, extra[1:]):
+        if flag in ("--chat-template", "-c", "--jinja-explicit", "-j"):
+            try:
+                text = Path(os.path.expanduser(value)).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise AnyclaudeError(
+                    f"the chat template {value} cannot be read: {error}.", 'Correct "extraArgs".'
+                ) from None
+            with contextlib.suppress(ValueError):
+                text = str(as_object(json.loads(text)).get("chat_template") or text)
+            return text
+    return ""
+
+
+def look_at_model(settings: Settings) -> Model:
+    """The model of the settings, as far as it can be seen before it is loaded. Raises AnyclaudeError."""
+    if not settings.model_path:
+        fix = "anyclaude --model-path /path/to/model\nor, to see it work with no model: anyclaude --demo"
+        raise AnyclaudeError("no model is configured.", fix)
+    return read_model(settings.model_path, settings.arch, named_template(settings.extra_args))
+
+
+def make_plan(settings: Settings, model: Model, engine: Engine) -> Plan:
+    """How the engine will serve the model. Raises AnyclaudeError for what is known to fail."""
+    if engine.version < model.since:
+        message = f"{model.name} needs mistral.rs {dotted(model.since)}, and this is {engine}."
+        raise AnyclaudeError(message, "anyclaude build\nor choose another model.")
+    for message, fix in model.flaws:
+        raise AnyclaudeError(message, fix)
+    machine = read_machine(settings.memory_limit)
+    if model.mlx == "experts" and (engine.version >= MLX_EXPERTS_BEFORE or machine.accelerator != "metal"):
+        raise AnyclaudeError(
+            f"{model.name} is a mixture of experts quantised for MLX, which {engine} does not load: only mistral.rs 0.6 does, "
+            "on a Mac.",
+            ORIGINAL,
+        )
+    return Plan(model, engine, machine, fit(model, machine, settings.isq, settings.context_window))
+
+
 @contextlib.contextmanager
-def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[Target]:
+def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[tuple[Target, EngineShare | None]]:
     """Make an engine serve -> what the proxy must know of it. What was started is gone afterwards."""
     target = Target("", "anyclaude-demo", window=settings.context_window, max_tokens=settings.max_tokens)
+    target = dataclasses.replace(target, stall=settings.stall_timeout)
     if settings.demo:
         say("demo: a small engine inside anyclaude answers, no model is loaded")
-        yield dataclasses.replace(target, url=start_demo_engine(), window=settings.context_window or 200_000)
+        yield dataclasses.replace(target, url=start_demo_engine(), window=settings.context_window or 200_000), None
     elif settings.kind == "remote":
-        say(f"using the server at {settings.base_url}, model {settings.model}")
-        try:
-            socket.create_connection(address_of(settings.base_url), timeout=10).close()
-        except OSError as error:
-            message = f"no server answers at {settings.base_url}: {error}."
-            raise AnyclaudeError(message, "Start that server, or correct baseUrl (or --base-url).") from None
-        yield dataclasses.replace(
-            target,
-            url=settings.base_url,
-            name=client_name(settings.model),
-            model=settings.model,
-            key=settings.api_key,
-            own_tools=settings.tool_calls == "text",
-            forces_calls=True,
-            sees=settings.vision,
-            sampling=settings.sampling,
-        )
+        served, window = check_remote(settings)
+        say(f"using the server at {settings.base_url}, model {served}")
+        yield remote_target(target, settings, settings.base_url, served, window), None
+    elif settings.server_script:
+        port = settings.port or free_port()
+        with contextlib.closing(start_server_script(settings, port)) as share:
+            window = settings.context_window or look_at_model(settings).context
+            url = f"http://{LOOPBACK}:{port}/v1"
+            yield remote_target(target, settings, url, settings.model, window), share
     else:
-        if not settings.model_path:
-            fix = "anyclaude --model-path /path/to/model\nor, to see it work with no model: anyclaude --demo"
-            raise AnyclaudeError("no model is configured.", fix)
-        model = read_model(settings.model_path, settings.arch)
-        engine = find_engine(settings, environ)
-        can = {name: engine.version >= since for name, since in SINCE.items()}
-        family = (
-            "engine" if model.dialect.calls == "harmony" else "text"
-        )  # its parser is part of how gpt-oss is decoded
-        with contextlib.closing(start_engine(engine, model, settings)) as share:
-            yield dataclasses.replace(
-                target,
-                url=f"http://{LOOPBACK}:{share.port}/v1",
-                name=client_name(model.name),
-                window=settings.context_window or model.context,
-                own_tools=(settings.tool_calls or family) == "text",
-                forces_calls=can["forced calls"],
-                counts=can["counts tokens"],
-                sees=settings.vision or (model.sees and can["images"]),
-                sampling={**model.sampling, **settings.sampling},
-                dialect=dialect_on(model.dialect, engine.version),
+        model = look_at_model(settings)
+        plan = make_plan(settings, model, find_engine(settings, environ))
+        version = plan.engine.version
+        can = {name: version >= since for name, since in SINCE.items()}
+        # the parser of gpt-oss is part of how it is decoded
+        family = "engine" if model.dialect.calls == "harmony" else "text"
+        with contextlib.closing(start_engine(plan, settings)) as share:
+            yield (
+                dataclasses.replace(
+                    target,
+                    url=f"http://{LOOPBACK}:{share.port}/v1",
+                    name=client_name(model.name),
+                    window=plan.fit.window,
+                    own_tools=(settings.tool_calls or family) == "text",
+                    forces_calls=can["forced calls"],
+                    counts=can["counts tokens"],
+                    sees=settings.vision or (model.sees and can["images"]),
+                    sampling={**model.sampling, **settings.sampling},
+                    dialect=dialect_on(model.dialect, version),
+                ),
+                share,
             )
 
 
-def start_engine(engine: Engine, model: Model, settings: Settings) -> EngineShare:
-    """Start the engine or join the one that runs, and wait until it serves."""
-    if engine.version < model.since:
-        message = f"{model.name} needs mistral.rs {'.'.join(map(str, model.since))}, and this is {engine}."
-        raise AnyclaudeError(message, "Update mistral.rs, or choose another model.")
-    port = settings.port or free_port()
-    command = command_line(engine, model, port, settings.isq, settings.extra_args)
-    share = EngineShare(port, command, model)
+def remote_target(target: Target, settings: Settings, url: str, model: str, window: int) -> Target:
+    """A server of which only the protocol is known."""
+    return dataclasses.replace(
+        target,
+        url=url,
+        name=client_name(model),
+        model=model,
+        window=window,
+        key=settings.api_key,
+        own_tools=settings.tool_calls == "text",
+        forces_calls=True,
+        sees=settings.vision,
+        sampling=settings.sampling,
+    )
+
+
+WINDOW_NAMES = ("max_model_len", "context_length", "max_context_length", "context_window")  # vLLM, routers, LM Studio
+
+
+def check_remote(settings: Settings) -> tuple[str, int]:
+    """Ask a remote server for its models -> (the model to use, its window). Raises AnyclaudeError if it cannot be reached,
+    refuses the key, or does not have the model. A server that has no list is taken as it is."""
+    url, found = f"{settings.base_url}/models", list[Json]()
+    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    opener = DIRECTLY if is_loopback(url) else urllib.request.build_opener()
     try:
-        say("joining the mistral.rs that runs" if share.joined else f"starting mistral.rs: {engine}")
-        details = ", ".join(filter(None, (model.arch, settings.isq if "--isq" in command else "")))
-        say(f"model: {model.path}" + (f" ({details})" if details else ""))
-        say(f"port: {port}\nwaiting until it serves (log: {share.log})")
-        line = share.wait_until_ready(settings.start_timeout)
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+            found = [as_object(one) for one in as_list(as_object(json.loads(reply.read(4 << 20))).get("data"))]
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            key = "the apiKey that is set" if settings.api_key else "requests without a key"
+            fix = f'Set "apiKey" of the backend in ~/{SETTINGS_FILE}, or ANYCLAUDE_API_KEY.'
+            raise AnyclaudeError(f"{settings.base_url} refuses {key} (HTTP {error.code}).", fix) from None
+    except (OSError, http.client.HTTPException) as error:
+        message = f"no server answers at {settings.base_url}: {getattr(error, 'reason', error)}."
+        raise AnyclaudeError(message, "Start that server, or correct baseUrl (or --base-url).") from None
+    except ValueError:
+        pass
+    names = [str(one["id"]) for one in found if one.get("id")]
+    model = names[0] if settings.model == "default" and len(names) == 1 else settings.model
+    if names and model not in names:
+        listed = ", ".join(names[:9]) + (f" and {len(names) - 9} more" if len(names) > 9 else "")
+        message = f'{settings.base_url} has no model "{model}". It has: {listed}.'
+        raise AnyclaudeError(
+            message, f'Set "model" of the backend to one of them, or ANYCLAUDE_MODEL={shlex.quote(names[0])}'
+        )
+    entry = next((one for one in found if one.get("id") == model), {})
+    windows = (entry.get(name) for name in WINDOW_NAMES)
+    return model, settings.context_window or next((one for one in windows if type(one) is int and one > 0), 0)
+
+
+def start_server_script(settings: Settings, port: int) -> EngineShare:
+    """Start the deprecated Python server, as earlier versions did: `python serverScript --model PATH --port PORT`."""
+    say(
+        '"serverScript" is deprecated: mistral.rs serves the model with tool calls that work. To change: remove that key.'
+    )
+    if not settings.model_path:
+        look_at_model(settings)
+    script, venv = Path(settings.server_script), settings.python_venv
+    python = Path(venv) / "bin" / "python3" if venv else Path(sys.executable)
+    for path, name in ((script, "serverScript"), (python, "pythonVenv")):
+        if not path.is_file():
+            raise AnyclaudeError(
+                f"{name}: {path} does not exist.", f'Correct "{name}" in ~/{SETTINGS_FILE}, or remove it.'
+            )
+    command = [str(python), "-u", str(script), "--model", settings.model_path, "--port", str(port)]
+    command += ["--host", LOOPBACK] if lists(output_of(str(python), str(script), "--help"), "--host") else []
+    model = Model(settings.model_path, Path(settings.model_path).name)
+    return start_share(EngineShare(port, command, model, script.name, settings.keep_alive), settings, model)
+
+
+def start_engine(plan: Plan, settings: Settings) -> EngineShare:
+    """Start the engine or join the one that runs, and wait until it serves."""
+    port = settings.port or free_port()
+    command = plan.command(settings, port)
+    share = EngineShare(port, command, plan.model, str(plan.engine), settings.keep_alive)
+    laid = plan.fit
+    if laid.token and laid.weights + 2 * laid.window * laid.token > plan.machine.memory:
+        say(f"warning: a window of {laid.window} tokens may take more memory than there is, once it is full")
+    isq = settings.isq if "--isq" in command else ""
+    size = f"{gigabytes(laid.weights)} of weights" if laid.weights else ""
+    window = f"window {laid.window} tokens" if laid.window else ""
+    return start_share(share, settings, plan.model, ", ".join(filter(None, (plan.model.arch, isq, size, window))))
+
+
+def start_share(share: EngineShare, settings: Settings, model: Model, details: str = "") -> EngineShare:
+    """Tell of an engine that was started or joined, and wait until it serves."""
+    try:
+        words = share.engine
+        say(f"joining the mistral.rs that runs: {words}" if share.joined else f"starting mistral.rs: {words}")
+        say(f"model: {model.place}" + (f" ({details})" if details else ""))
+        say(f"port: {share.port}\nwaiting until it serves (log: {share.log})")
+        line = share.wait_until_ready(settings.start_timeout, str if model.on_disk else Download(model.path).progress)
     except BaseException:
         share.close()
         raise
@@ -3780,15 +4799,20 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
         return run_claude(claude, arguments, environ)
     memory = state_path("cache", "tokens.json")
     with (
-        serving_target(settings, environ) as target,
-        Proxy(settings.proxy_port, target, settings.debug, memory) as proxy,
+        serving_target(settings, environ) as (target, share),
+        Proxy(settings.proxy_port, target, settings.debug, memory, share) as proxy,
     ):
         say(f"Proxy URL: http://localhost:{proxy.server_address[1]}")
         if not target.window:
             say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
         window = target.window or DEFAULT_WINDOW
+        prompt = settings.prompt or ("lean" if window < LEAN_WINDOW else "full")
         if window < SMALL_WINDOW:
-            say(f"{window} tokens hardly hold Claude Code's own prompt (about 25,000). Try --prompt lean")
+            full = "about 25,000" if prompt == "full" else "about 8,000"
+            more = " Try --prompt lean" if prompt == "full" else ""
+            say(f"the window of {window} tokens is small: Claude Code's own prompt takes {full} of them.{more}")
+        elif not settings.prompt and prompt == "lean":
+            say(f"window of {window} tokens: fewer tools, a shorter prompt (--prompt full: all of them)")
         session = Session(proxy.url, proxy.token, target.name, window, min(settings.max_tokens, window // 4))
         environment = claude_environment(environ, session)
         if claude is None:
@@ -3805,8 +4829,309 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
         mode = chosen_mode(arguments, [named, *others])
         explain_mode(mode)
         with session_settings(named, environment) as path:
-            arguments = claude_arguments(arguments, claude_help(claude), mode, settings.prompt, path)
+            arguments = claude_arguments(arguments, claude_help(claude), mode, prompt, path)
             return run_claude(claude, arguments, environment)
+
+
+def engines() -> list[_Files]:
+    """Those of the engines that run here, by port. What a dead engine left is removed on the way."""
+    found = []
+    for path in sorted(state_path("run", "").glob("engine-*.json")):
+        files = _Files(int(re.sub(r"\D", "", path.stem) or 0))
+        if files.engine_runs() or files.engine():  # one without a parent is still an engine
+            found.append(files)
+        elif "exit" not in files.read_state() or not files.cards():  # open sessions tell of its end
+            stop_orphan(files)
+    return found
+
+
+THROUGHPUT = re.compile(r"Throughput \(T/s\) ([\d.]+), Prefix cache hitrate ([\d.]+)%.*?, (\d+) running, (\d+) waiting")
+
+
+def engine_status(files: _Files) -> Json:
+    """What can be said of an engine that runs. Bytes, seconds, tokens a second, percent."""
+    state, pid = files.read_state(), files.engine()
+    said = [found for found in map(THROUGHPUT.search, last_lines(Path(str(state.get("log"))), 200)) if found]
+    memory = re.findall(r"(?m)^\s*(\d+)\s+(\d+)$", output_of("ps", "-A", "-o", "pgid=,rss="))
+    metrics = ""
+    with contextlib.suppress(OSError, http.client.HTTPException):  # mistral.rs before 0.9.2 has none that help here
+        metrics = (
+            DIRECTLY.open(f"http://{LOOPBACK}:{files.port}/metrics", timeout=2).read(1 << 20).decode("utf-8", "replace")
+        )
+    lookups, hits = (
+        sum(
+            float(value)
+            for value in re.findall(rf"(?m)^mistralrs_prefix_cache_{name}_total(?:\{{.*\}})? ([\d.eE+]+)$", metrics)
+        )
+        for name in ("lookups", "hits")
+    )
+    ready = "ready" if state.get("ready") and pid else "restarting" if state.get("crashes") else "starting"
+    return {
+        "engine": state.get("engine"),
+        "model": state.get("model"),
+        "port": files.port,
+        "pid": pid,
+        "state": ready if files.engine_runs() else "without a parent",
+        "uptime": round(time.time() - float(state.get("started") or time.time())),
+        "crashes": state.get("crashes", 0),
+        "memory": sum(int(size) << 10 for group, size in memory if int(group) == pid and pid),
+        "sessions": files.cards(),
+        "tokens_per_second": float(said[-1][1]) if said else None,
+        "prefix_cache_hits": round(100 * hits / lookups, 1) if lookups else float(said[-1][2]) if said else None,
+        "running": int(said[-1][3]) if said else None,
+        "keep_alive": state.get("keep_alive", 0),
+        "log": state.get("log"),
+    }
+
+
+def status(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude status`: the engines that run. Exit status 1 if there is none."""
+    found = [engine_status(files) for files in engines()]
+    if "--json" in options:
+        print(json.dumps({"engines": found}, indent=2))
+    elif not found:
+        print("no engine runs")
+    for one in [] if "--json" in options else found:
+        speed = one["tokens_per_second"]
+        hits = one["prefix_cache_hits"]
+        rows = {
+            "engine": one["engine"],
+            "model": one["model"],
+            "port": f"{one['port']}, {one['state']}, pid {one['pid']}",
+            "uptime": duration(one["uptime"]) + (f", restarted {one['crashes']} times" if one["crashes"] else ""),
+            "memory": gigabytes(one["memory"]),
+            "sessions": "".join(f"pid {card.get('pid')} in {card.get('folder')}; " for card in one["sessions"]).rstrip(
+                "; "
+            )
+            or "none",
+            "speed": f"{speed:g} tokens a second, reading and writing"
+            if speed is not None
+            else "nothing was asked yet",
+            "prefix cache": f"{hits:g} % hits" if hits is not None else "nothing was asked yet",
+            "log": one["log"],
+        }
+        print("".join(f"{name:13}{plain(str(text))}\n" for name, text in rows.items()))
+    return 0 if found else 1
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{int(seconds)} s"
+
+
+def stop(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude stop [--force]`: stop the engines that run; with sessions open only if forced."""
+    found = engines()
+    used = [(files, card) for files in found for card in files.cards()]
+    if used and "--force" not in options:
+        listed = "".join(
+            f"\n  port {files.port}: pid {card.get('pid')} in {card.get('folder')}" for files, card in used
+        )
+        raise AnyclaudeError(f"sessions are open:{listed}", "Close them, or: anyclaude stop --force")
+    for files in found:
+        state = files.read_state()
+        parent = state.get("parent")
+        if files.engine_runs() and isinstance(parent, int) and birth(parent) == state.get("parent_born"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(parent, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS + 3
+            while files.engine_runs() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        if not files.engine_runs():
+            stop_orphan(files)
+        say(
+            f"stopped the engine on port {files.port}"
+            if not files.engine_runs()
+            else f"port {files.port}: it does not stop"
+        )
+    if not found:
+        say("no engine runs")
+    return 0
+
+
+def logs(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude logs [-f]`: the engine's log; -f: and what comes, until Ctrl-C."""
+    running = [Path(str(files.read_state().get("log"))) for files in engines()]
+    path = next(iter(running), state_path("logs", "mistralrs-server.log"))
+    if not path.exists():
+        raise AnyclaudeError(f"there is no log yet: {path}.", "anyclaude   (starts an engine, which writes it)")
+    follow = "-f" in options or "--follow" in options
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        while True:
+            with path.open("rb") as file:
+                opened = os.fstat(file.fileno()).st_ino
+                while True:
+                    for line in file:
+                        sys.stdout.write(
+                            plain(line.decode("utf-8", "replace").rstrip("\n")) + "\n" * line.endswith(b"\n")
+                        )
+                    sys.stdout.flush()
+                    if not follow:
+                        return 0
+                    time.sleep(0.1)
+                    with contextlib.suppress(OSError):
+                        if path.stat().st_ino != opened:  # rotated: a new engine
+                            break
+    return 0
+
+
+def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check], str]:
+    """What `anyclaude doctor` finds, and the command line that would be run."""
+    checks, line = [], ""
+
+    def examine(name: str, look: Callable[[], Any], words: Callable[[Any], str]) -> Any:
+        try:
+            found = look()
+        except (AnyclaudeError, OSError) as error:
+            fix = error.fix if isinstance(error, AnyclaudeError) else "Check that file or folder."
+            checks.append(Check(name, "failure", getattr(error, "message", str(error)), fix))
+            return None
+        checks.append(Check(name, "ok", words(found)))
+        return found
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    checks.append(Check("python", "ok", f"{python} ({sys.executable})"))
+    examine(
+        "claude",
+        lambda: find_claude(settings, environ, offer=False),
+        lambda found: f"{found} {output_of(str(found), '--version').strip()}",
+    )
+    if settings.kind == "remote":
+        examine(
+            "server",
+            lambda: check_remote(settings),
+            lambda found: f"{settings.base_url}, model {found[0]}, window {found[1] or 'unknown'}",
+        )
+        return checks, f"the server at {settings.base_url}"
+    model = examine("model", lambda: look_at_model(settings), describe_model)
+    for message, fix in model.flaws if model else ():
+        checks.append(Check("model", "failure", message, fix))
+    engine = examine("engine", lambda: find_engine(settings, environ, offer=False), str)
+    if engine is None:
+        plan = plan_build(settings, environ)
+        checks.append(Check("build", "ok", f"anyclaude build would build {plan.words}"))
+        checks.extend(check_build(plan, environ))
+    machine = read_machine(settings.memory_limit)
+    usable = f"{gigabytes(machine.memory)} for the engine ({machine.source}), {machine.accelerator or 'processor only'}"
+    checks.append(Check("memory", "ok", usable))
+    if model and engine and not model.flaws:
+        laid = examine("fit", lambda: make_plan(settings, model, engine), describe_plan)
+        line = shlex.join(laid.command(settings, settings.port or 8081)) if laid else ""
+        if laid and laid.fit.window and laid.fit.window < LEAN_WINDOW:
+            checks.append(
+                Check(
+                    "window",
+                    "warning",
+                    f"{laid.fit.window} tokens are few for Claude Code: it gets fewer tools",
+                    SMALL_FIX,
+                )
+            )
+    files = _Files(settings.port)
+    if settings.port and files.engine_runs():
+        checks.append(Check("port", "ok", f"{settings.port}: an engine of yours runs there, which a new session joins"))
+    elif settings.port and not port_is_free(settings.port):
+        error = port_taken("", settings.port, "--engine-port")
+        checks.append(Check("port", "failure", error.message, error.fix))
+    else:
+        checks.append(Check("port", "ok", f"{settings.port or 'any'}: free"))
+    return checks, line
+
+
+SMALL_FIX = "A smaller model, or a harder --isq, leaves more memory for the window."
+
+
+def describe_model(model: Model) -> str:
+    """A model in one line."""
+    facts = {
+        "": model.place,
+        "architecture": model.arch or "found by the engine",
+        "weights": gigabytes(model.weights) if model.weights else "",
+        "context": f"{model.context} tokens" if model.context else "",
+        "calls": model.dialect.calls,
+        "quantised": "already" if model.quantised else "",
+        "in": ("GGUF" if model.files else "MLX, read through a folder of links" if model.mlx == "shadow" else "")
+        if model.on_disk
+        else "not here: the engine downloads it",
+    }
+    return ", ".join(f"{name} {text}".strip() for name, text in facts.items() if text)
+
+
+def describe_plan(plan: Plan) -> str:
+    """How a model is laid into memory, in one line."""
+    laid = plan.fit
+    if not laid.token:
+        return f"cannot be told before it is loaded; window {laid.window or 'unknown'}"
+    caches = laid.window * laid.token * (1 + laid.cached)
+    return (
+        f"{gigabytes(laid.weights)} of weights, window {laid.window} tokens, {laid.cached} cached conversations "
+        f"(at most {gigabytes(caches)} of caches)"
+    )
+
+
+def doctor(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude doctor [--json]`: every check before a start. Exit status 1 if one fails."""
+    checks, line = diagnose(settings, os.environ)
+    failed = any(check.state == "failure" for check in checks)
+    if "--json" in options:
+        print(
+            json.dumps(
+                {"ok": not failed, "checks": [dataclasses.asdict(check) for check in checks], "command": line}, indent=2
+            )
+        )
+        return int(failed)
+    marks = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
+    for check in checks:
+        lines = [*check.text.split("\n"), *(f"fix: {fix}" for fix in check.fix.split("\n") if fix)]
+        print(
+            "".join(
+                f"{marks[check.state] if not at else '':9}{check.name if not at else '':10}{plain(text)}\n"
+                for at, text in enumerate(lines)
+            ),
+            end="",
+        )
+    print(f"would run: {line}" if line else "nothing can be run yet")
+    return int(failed)
+
+
+def build_command(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude build [--tag TAG]`: build mistral.rs."""
+    program = build(settings, os.environ, option_value(options, "--tag"))
+    engine = probe_engine(program)
+    if engine is None:
+        raise AnyclaudeError(
+            f"{program} was built, and does not run.", f"Read the log: less {state_path('logs', 'build.log')}"
+        )
+    say(f"ready: {engine}")
+    return 0
+
+
+# Name -> (what it does, its options, whether each takes a value).
+COMMANDS: dict[str, tuple[Callable[[Settings, Sequence[str]], int], dict[str, bool]]] = {
+    "doctor": (doctor, {"--json": False}),
+    "build": (build_command, {"--tag": True}),
+    "status": (status, {"--json": False}),
+    "stop": (stop, {"--force": False}),
+    "logs": (logs, {"-f": False, "--follow": False}),
+}
+
+
+def command_options(name: str, rest: Sequence[str]) -> list[str]:
+    """The options behind a command's name. Raises AnyclaudeError for one that it does not have."""
+    known, queued = COMMANDS[name][1], list(rest)
+    while queued:
+        option, equals, _ = queued.pop(0).partition("=")
+        if option not in known or (equals and not known[option]):
+            has = " ".join(flag + " VALUE" * takes for flag, takes in known.items())
+            raise AnyclaudeError(
+                f"anyclaude {name} has no {option}.",
+                f"anyclaude {name} {has}\nor, for claude: anyclaude -- {name} {option}",
+            )
+        if known[option] and not equals:
+            if not queued:
+                raise AnyclaudeError(f"{option} needs a value.", f"anyclaude {name} {option} VALUE")
+            queued.pop(0)
+    return list(rest)
 
 
 def exit_on_signals() -> None:
@@ -3852,6 +5177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, warnings = load_settings(own, os.environ, Path.cwd(), Path.home())
         for warning in warnings:
             say(f"warning: {warning}")
+        if rest[:1] and rest[0] in COMMANDS and arguments[-len(rest) - 1 : -len(rest)] != ["--"]:
+            return COMMANDS[rest[0]][0](settings, command_options(rest[0], rest[1:]))
         return run(settings, rest, os.environ)
     except (AnyclaudeError, OSError) as error:
         problem = (

@@ -1,18 +1,39 @@
-"""A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "hang", "stubborn" (ignores
-TERM), "family" (has a child of its own). Its words are those of mistralrs 0.8.1."""
+"""A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "oom" (as the kernel ends it),
+"hang" (while loading), "slow" (to load), "stubborn" (ignores TERM), "family" (has a child of its own). One that serves dies
+when it is asked for /die, and answers no chat any more after /deaf. Its words are those of mistralrs 0.8.1."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+HELP = Path(__file__).resolve().parent / "help"
+CHUNK = {"choices": [{"index": 0, "delta": {"content": "here I am"}, "finish_reason": "stop"}]}
 
 
 class Handler(BaseHTTPRequestHandler):
+    deaf = False
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if Handler.deaf:
+            threading.Event().wait()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"data: " + json.dumps(CHUNK).encode() + b"\n\ndata: [DONE]\n\n")
+
     def do_GET(self) -> None:
+        if self.path == "/die":
+            print("Error: Out of Memory, here ends the log", file=sys.stderr, flush=True)
+            os._exit(3)
+        Handler.deaf = Handler.deaf or self.path == "/deaf"
         self.send_response(200)
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -27,9 +48,7 @@ def main() -> None:
     if arguments == ["--version"]:
         return print("mistralrs 0.8.1")
     if "--help" in arguments:
-        return print(
-            "Usage: mistralrs serve text [OPTIONS]\n  -m, --model-id <MODEL_ID>\n      --paged-attn <MODE>\n      --pa-context-len <N>"
-        )
+        return print((HELP / f"mistralrs-0.8.1-{arguments[-2]}.txt").read_text())
     behaviour = os.environ.get("STAND_IN", "serve")
     assert os.environ["NO_COLOR"] == "1"
     print("\x1b[2m2026-01-01T00:00:00Z\x1b[0m INFO mistralrs_core: Loading model", flush=True)
@@ -40,6 +59,10 @@ def main() -> None:
             flush=True,
         )
         sys.exit(1)
+    if behaviour == "oom":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "slow":
+        time.sleep(2)
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if behaviour == "family":

@@ -222,7 +222,7 @@ def test_proxy_only_prints_what_to_paste_and_ends_well_on_a_signal(box: Sandbox)
         assert gone(state["pid"]) and not box.engine_states() and port_is_free(int(str(state["port"])))
         for part in (
             "starting mistral.rs: mistralrs 0.8.1",
-            "(qwen3, Q4K)",
+            "(qwen3, Q4K, 0.0 GB of weights, window 131072 tokens)",
             "model: ",
             "port: ",
             "waiting",
@@ -249,7 +249,7 @@ def test_the_engine_is_started_as_it_must_be(box: Sandbox, tiny_model: Path) -> 
     (state,) = box.engine_states()
     assert (
         state["command"][1:]
-        == f"serve --port {state['port']} --host 127.0.0.1 --token-source none text -m {tiny_model} -a qwen3 --isq Q8_0".split()
+        == f"serve --port {state['port']} --host 127.0.0.1 --token-source none --prefix-cache-n 16 text -m {tiny_model} -a qwen3 --isq Q8_0".split()
     )
     assert os.getsid(int(str(state["pid"]))) == state["pid"]
     log = box.home / ".anyclaude" / "logs" / "mistralrs-server.log"

@@ -126,7 +126,7 @@ def test_a_hugging_face_id_is_left_to_the_engine() -> None:
 def test_what_cannot_be_a_model_is_a_clear_error(tmp_path: Path) -> None:
     for path, part in (
         (tmp_path / "none", "does not exist"),
-        (tmp_path / "x.gguf", "GGUF"),
+        (tmp_path / "x.gguf", "does not exist"),
         (tmp_path, r"no config\.json"),
     ):
         with pytest.raises(AnyclaudeError, match=part):

@@ -257,7 +257,7 @@ def test_pings_come_while_the_engine_reads_the_prompt(monkeypatch: pytest.Monkey
 
 
 def test_an_engine_that_stays_silent_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("FIRST_WORD_SECONDS", 0.02), ("PING_SECONDS", 0.02), ("STALL_SECONDS", 0.2)):
+    for name, value in (("FIRST_WORD_SECONDS", 0.02), ("PING_SECONDS", 0.02)):
         monkeypatch.setattr(anyclaude, name, value)
     stop = threading.Event()
 
@@ -601,7 +601,7 @@ def test_the_benchmark_measures_everything_and_nothing_is_far_off() -> None:
         check=False,
     )
     figures = dict(re.findall(r"(?m)^(\S.*?\S) {2,}(-?[\d,]+\.\d+) ", done.stdout))
-    assert len(figures) == 9, done.stdout + done.stderr
+    assert len(figures) == 10, done.stdout + done.stderr
     for name, limit in {"added to the first delta": 50, "cancel in prefill": 300, "cancel in stream": 300}.items():
         assert float(figures[name]) < limit, done.stdout
     assert float(figures["flat out"].replace(",", "")) > 3000, done.stdout  # other tests run beside it
