@@ -1057,7 +1057,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
                 tensors.update(read_tensors(path))
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
-    if not files and not any(folder.glob(pattern) for pattern in ("*.bin", "*.pth", "*.pt")):
+    if not files and not any(path.suffix in (".bin", ".pth", ".pt") for path in folder.iterdir()):
         problems.append("there are none (*.safetensors)")
     return tensors, problems
 
@@ -1150,7 +1150,7 @@ def read_metadata(path: Path) -> Json:
                 raise ValueError("it is no GGUF file of version 2 or 3")
             tensors, count = number("Q"), number("Q")
             return {**{value(8): value(number("I")) for _ in range(count)}, "tensors": tensors}
-        except (ValueError, KeyError, RecursionError, struct.error) as error:
+        except (OSError, ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
             message = f"{path} cannot be read: {error if isinstance(error, ValueError) else 'it is broken'}."
             raise AnyclaudeError(message, DOWNLOAD.format(path.parent)) from None
 
@@ -1907,6 +1907,7 @@ class _Supervisor:
                 continue
             deaths = [*(one for one in deaths if time.monotonic() - one < RESTART_SECONDS), time.monotonic()]
             self._tell(exit=self.engine.returncode, ready=0, crashes=len(deaths))
+            served = served or any(map(READY_LINE.search, last_lines(Path(self._state["log"]), 99)))  # but a moment ago
             if not served or len(deaths) > RESTARTS:
                 return
             until = time.monotonic() + RESTART_PAUSE * 2 ** (len(deaths) - 1)
