@@ -130,6 +130,12 @@ def engine(sandbox: Sandbox) -> Path:
     return program
 
 
+def every_engine() -> list[str]:
+    """The programs of all real engines that are here."""
+    named = (os.environ.get(name, "") for name in ("ANYCLAUDE_TEST_ENGINE", "ANYCLAUDE_TEST_ENGINES"))
+    return [path for paths in named for path in paths.split(":") if path]
+
+
 @pytest.fixture
 def wheel() -> Path:
     """A Python that has mistral.rs as a module, which is newer than what can be built from the registry."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Sandbox
+from conftest import Sandbox, every_engine
 from test_engine import end, gone, ready, wait_for
 from tiny_model import make_tiny_gguf, make_tiny_mlx_model
 
@@ -485,20 +485,24 @@ def test_the_deprecated_server_starts_serves_and_is_stopped_the_same_way(sandbox
 
 @pytest.mark.outside
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gguf", "mlx"])
-def test_a_real_engine_loads_what_people_have(sandbox: Sandbox, engine: Path, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", every_engine(), ids=lambda path: path.split("/")[-3])
+@pytest.mark.parametrize("kind", ["plain", "gguf", "mlx"])
+def test_a_real_engine_of_each_generation_loads_what_people_have(
+    sandbox: Sandbox, program: str, kind: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    model = tiny_model
     if kind == "gguf":
         pytest.importorskip("gguf")
         (tmp_path / "models").mkdir()
         model = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
-    else:
+    elif kind == "mlx":
         model = make_tiny_mlx_model(tmp_path / "mlx")
-    sandbox.settings({"backends": {"mlx": {"modelPath": str(model), "port": free_port()}}})
+    sandbox.settings({"backends": {"mlx": {"modelPath": str(model), "port": free_port(), "binary": program}}})
     process = sandbox.start("--proxy-only")
     exported = ready(process)
     status, text = ask(exported)
     assert (status, json.loads(text)["content"][0]["text"]) == (200, "Hello from a tiny model.")
-    end(process)
+    assert "Hello" in ask(exported, streamed=True)[1] and anyclaude.READY_LINE.search(end(process))
 
 
 @pytest.mark.outside

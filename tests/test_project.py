@@ -137,7 +137,12 @@ def test_the_readmes_commands_are_the_ones_that_are_run_here() -> None:
         "python3 anyclaude.py --demo",
         "python3 anyclaude.py",
         "sh tests/run",
+        "python3 anyclaude.py doctor",
+        "python3 anyclaude.py build",
         "python3 anyclaude.py --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct",
+        "python3 anyclaude.py status",
+        "python3 anyclaude.py logs",
+        "python3 anyclaude.py stop",
         "sh install.sh",
     ]
     assert (ROOT / ".ci" / "run").read_text().split("\n")[1:] == ["exec sh tests/run", ""]
@@ -160,6 +165,9 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     assert "no marker" in shell("python3 anyclaude.py --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct -p 'Look.'")
     sandbox.settings({"backend": "mlx", "backends": {"mlx": {"modelPath": "~/models/Qwen3-Coder-30B-A3B-Instruct"}}})
     assert "no marker" in shell("python3 anyclaude.py -p 'Explain this repository'")
+    assert "would run: " in shell("python3 anyclaude.py doctor")  # `build` is run by tests/test_commands.py
+    assert "Server listening" in shell("python3 anyclaude.py logs")
+    assert "no engine runs" in shell("python3 anyclaude.py status; python3 anyclaude.py stop")
     # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
     cache = os.environ.get("ANYCLAUDE_TEST_CACHE") or str(Path.home() / ".cache" / "anyclaude-tests")
     assert (

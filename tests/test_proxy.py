@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -266,6 +267,7 @@ def test_an_engine_that_stays_silent_too_long_is_an_error(monkeypatch: pytest.Mo
         yield ""
 
     with serving(silent()) as (proxy, _):
+        proxy.target = dataclasses.replace(proxy.target, stall=0.2)
         assert events_of(ask(proxy, body={**REQUEST, "stream": True})[2])[-1]["error"]["message"].startswith(
             "the engine was silent"
         )
