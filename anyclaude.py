@@ -865,32 +865,34 @@ class Model:
         return self.weights - stored + int(min(float(stored), numbers * bits / 8))
 
 
-# --isq -> bits for each number, scales included. Source: mistralrs-core/src/pipeline/isq.rs (v0.6.0 to v0.9.2), the block
-# sizes of ggml, and AFQ's 32 bits of scale and bias for each 64 numbers.
+# --isq, with the bits for each number, scales included. Source: mistralrs-core/src/pipeline/isq.rs (v0.6.0 to v0.9.2), the
+# block sizes of ggml, and AFQ's 32 bits of scale and bias for each 64 numbers.
 ISQ_BITS = {
-    "Q2K": 2.625,
-    "Q3K": 3.4375,
-    "Q4K": 4.5,
-    "Q5K": 5.5,
-    "Q6K": 6.5625,
-    "Q8K": 9.125,
-    "MXFP4": 4.25,
-    "FP8": 8.0,
-    "Q4_0": 4.5,
-    "Q4_1": 5.0,
-    "Q5_0": 5.5,
-    "Q5_1": 6.0,
-    "Q8_0": 8.5,
-    "Q8_1": 9.0,
-    "HQQ4": 4.5,
-    "HQQ8": 8.5,
-    **{f"AFQ{bits}": bits + 0.5 for bits in (2, 3, 4, 6, 8)},
-    "2": 2.625,
-    "3": 3.4375,
-    "4": 4.5,
-    "5": 5.5,
-    "6": 6.5625,
-    "8": 8.5,
+    name: float(bits)
+    for names, _, bits in (
+        row.partition("=")
+        for row in [
+            "Q2K,2=2.625",
+            "Q3K,3=3.4375",
+            "Q4K,Q4_0,4=4.5",
+            "Q5K,Q5_0,5=5.5",
+            "Q6K,6=6.5625",
+            "Q8K=9.125",
+            "Q8_0,HQQ8,8=8.5",
+            "Q4_1=5",
+            "Q5_1=6",
+            "Q8_1=9",
+            "HQQ4=4.5",
+            "FP8=8",
+            "MXFP4=4.25",
+            "AFQ2=2.5",
+            "AFQ3=3.5",
+            "AFQ4=4.5",
+            "AFQ6=6.5",
+            "AFQ8=8.5",
+        ]
+    )
+    for name in names.split(",")
 }
 DOWNLOAD = "hf download ORG/NAME --local-dir {}   (or any way you got it before; it goes on where it stopped)"
 
@@ -973,9 +975,9 @@ def _mlx(path: str, config: Json, tensors: Iterable[str]) -> tuple[str, tuple[tu
     if "bits" not in quantisation:
         return "", ()
     flaws = []
-    widths = {(as_object(value).get("bits"), as_object(value).get("group_size")) for value in quantisation.values()}
-    widths -= {(None, None), (quantisation["bits"], quantisation.get("group_size"))}
-    if widths or False in quantisation.values() or quantisation.get("mode", "affine") != "affine":
+    layers = (value for value in quantisation.values() if isinstance(value, dict) and "bits" in value)
+    others = any(layer.get(key) != quantisation.get(key) for layer in layers for key in ("bits", "group_size"))
+    if others or False in quantisation.values() or quantisation.get("mode", "affine") != "affine":
         flaws.append((f"{path} is quantised for MLX in more than one way, and mistral.rs reads one.", ORIGINAL))
     if any(".switch_mlp." in name for name in tensors):
         return "experts", tuple(flaws)
@@ -2109,6 +2111,11 @@ class EngineShare:
         often = f"ended {state.get('crashes')} times and is not restarted any more ({ending(state['exit'])})"
         error = self._failure(often)
         return f"{error.message}\n{error.fix}\nThen go on: start anyclaude again, with --continue."
+
+    def history(self) -> str:
+        """What a person should know of the engine at the end of a session; "" if all was well."""
+        crashes = self._files.read_state().get("crashes")
+        return f"mistral.rs ended {crashes} times and was started again. Its log: {self.log}" if crashes else ""
 
     def restart(self, silent: float) -> None:
         """Kill an engine that was silent for so many seconds; its parent starts it anew. One that is younger than that
@@ -4831,7 +4838,10 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
         explain_mode(mode)
         with session_settings(named, environment) as path:
             arguments = claude_arguments(arguments, claude_help(claude), mode, prompt, path)
-            return run_claude(claude, arguments, environment)
+            ended = run_claude(claude, arguments, environment)
+        if share and (told := share.trouble() or share.history()):
+            say(told)
+        return ended
 
 
 def engines() -> list[_Files]:

@@ -1,5 +1,5 @@
 """A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "oom" (as the kernel ends it),
-"hang" (while loading), "slow" (to load), "stubborn" (ignores TERM), "family" (has a child of its own). One that serves dies
+"hang" (while loading), "slow" (to load), "fatal" (dies of its first request), "stubborn" (ignores TERM), "family" (has a child of its own). One that serves dies
 when it is asked for /die, and answers no chat any more after /deaf. Its words are those of mistralrs 0.8.1."""
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        if os.environ.get("STAND_IN") == "fatal" and not Path("died").exists():
+            Path("died").touch()  # in the home folder, where engines are started
+            os._exit(4)
         if Handler.deaf:
             threading.Event().wait()
         self.send_response(200)

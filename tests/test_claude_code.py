@@ -22,6 +22,7 @@ from test_engine import free_port, gone, wait_for
 from tool_formats import WRITTEN
 
 from anyclaude import (
+    LEAN_TOOLS,
     OUR_VARIABLES,
     OWN_OPTIONS,
     STABLE_PROMPT,
@@ -487,6 +488,47 @@ def test_an_overflow_ends_in_a_compaction_and_claude_code_goes_on(sandbox: Sandb
         assert (done.returncode, done.stdout.strip()) == (0, "Went on."), done.stderr
         assert overflown[0] == 5 and len(overflown) == 3
         assert "It echoed." in json.dumps(engine.requests[-1]["messages"])
+
+
+@pytest.mark.outside
+def test_no_single_result_of_a_tool_ends_a_session_with_a_small_window(sandbox: Sandbox, claude: Path) -> None:
+    big = sandbox.work / "big.txt"
+    big.write_text("".join(f"line {number} of a file that is large against the window\n" for number in range(6000)))
+    calls = [("Bash", {"command": f"cat {big}"}), ("Read", {"file_path": str(big)})]
+
+    def answer(request: dict[str, Any]) -> Any:
+        done = len(results(request))
+        return says(WRITTEN["hermes"](*calls[done])) if done < len(calls) else says("Read it.")
+
+    with fake_engine(answer) as engine:
+        done = sandbox.run(
+            "--base-url",
+            engine.url,
+            "--context-window",
+            "32768",
+            "-p",
+            "Read it",
+            "--allowedTools",
+            "Bash,Read",
+            env=OWN,
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, "Read it."), done.stderr
+        sizes = [len(message["content"]) for message in results(engine.requests[-1])]
+        assert len(sizes) == 2 and max(sizes) < 32768 // 8 * 5, sizes
+        offered = {tool["function"]["name"] for tool in engine.requests[0]["tools"]}
+        assert offered <= set(LEAN_TOOLS.split(",")) and "Bash" in offered  # a window under 65,536
+
+
+@pytest.mark.outside
+@pytest.mark.slow
+def test_claude_code_goes_on_by_itself_when_the_engine_was_started_again(
+    sandbox: Sandbox, claude: Path, stand_in: Path, tiny_model: Path
+) -> None:
+    sandbox.settings({"backends": {"mlx": {"modelPath": str(tiny_model), "port": free_port()}}})
+    process = sandbox.start("-p", "Hello?", env={"STAND_IN": "fatal"})  # it dies of its first request
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.strip()) == (0, "here I am"), err
+    assert "ended 1 times and was started again" in err
 
 
 @pytest.mark.outside

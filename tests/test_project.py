@@ -153,6 +153,7 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     checkout: Path, sandbox: Sandbox, claude: Path, engine: Path, tiny_model: Path
 ) -> None:
     (sandbox.bin / "python3").symlink_to(sys.executable)
+    sandbox.env["ANYCLAUDE_ENGINE_PORT"] = "0"  # not the one that people have
     (sandbox.work / "marker.txt").touch()
     models = sandbox.home / "models"
     models.mkdir()
