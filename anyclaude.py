@@ -1717,8 +1717,14 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
         with tempfile.TemporaryDirectory(dir=plan.source.parent) as folder:  # half a clone is none
             git = which("git", search_path(environ))
             clone = [str(git), "clone", "--quiet", "--depth", "1", "--branch", plan.tag, REPOSITORY, f"{folder}/source"]
-            run_build(clone, folder, env, log, log_path)
-            os.replace(f"{folder}/source", plan.source)
+            try:
+                run_build(clone, folder, env, log, log_path)
+                os.replace(f"{folder}/source", plan.source)
+            except AnyclaudeError as error:
+                if tag or "stopped" in error.message:
+                    raise
+                plan = dataclasses.replace(plan, source=None, tag="")
+                say(f"{error.message}\nwithout it: building {plan.words}")
     problems = []
     for check in check_build(plan, environ):  # behind the clone, which says how new Rust must be
         if check.state != "ok":
@@ -1764,6 +1770,7 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
                     say(words)
         status = process.wait()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: None)  # a second one comes too late
         raise AnyclaudeError("stopped; what is compiled stays.", "To go on: the same command again") from None
     finally:
         TERMINAL.waiting("")
