@@ -498,6 +498,9 @@ class _Sources:
 
     def unknown(self, where: str, name: str, known: Iterable[str]) -> None:
         """Warn of a key that nothing reads."""
+        if name in {key.json for key in KEYS if key.json} and name not in known:
+            inside = f'it belongs into a backend: {{"backends": {{"mlx": {{"{name}": ...}}}}}}'
+            return self.warnings.append(f'{where}: "{name}" is ignored here, {inside}')
         near = difflib.get_close_matches(name, list(known), 1, 0.6)
         self.warnings.append(f'{where}: unknown key "{name}"' + (f', did you mean "{near[0]}"?' if near else "."))
 
@@ -894,7 +897,7 @@ ISQ_BITS = {
     )
     for name in names.split(",")
 }
-DOWNLOAD = "hf download ORG/NAME --local-dir {}   (or any way you got it before; it goes on where it stopped)"
+DOWNLOAD = "Download it again, which goes on where it stopped: hf download ORG/NAME --local-dir {}\n(hf: pip install -U huggingface_hub)"
 
 
 def cache_numbers(config: Json) -> int:
@@ -936,7 +939,7 @@ def inspect_model(
         arch = arch or next((value for part, value in ARCHITECTURE_NAMES if part in name.lower()), "")
         if not arch:
             message = f"{path} has no config.json, and its name does not tell the architecture."
-            raise AnyclaudeError(message, "Check that it is the model's folder, or name the architecture: --arch qwen3")
+            raise AnyclaudeError(message, "Name the folder that holds config.json, or the architecture: --arch qwen3")
     elif not arch:
         arch, since = _architecture(path, config.get("architectures"))
     config, tensors = config or {}, tensors or {}
@@ -1025,7 +1028,7 @@ def read_tensors(path: Path) -> dict[str, tuple[int, int]]:
     with path.open("rb") as file:
         begin = file.read(8)
         if begin.startswith(b"version "):
-            raise ValueError("it is only a pointer of git-lfs: git lfs pull")
+            raise ValueError("it is only a pointer of git-lfs (git lfs pull brings the file)")
         length = int.from_bytes(begin, "little")
         try:
             head = as_object(json.loads(file.read(min(length, 100 << 20)))) if len(begin) == 8 else {}
@@ -1050,6 +1053,8 @@ def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
     index = folder / "model.safetensors.index.json"
     names = set(as_object(read_json(index).get("weight_map")).values()) if index.exists() else set()
     files = {path.name: path for path in folder.glob("*.safetensors")}
+    for count, name in ((int(found[1]), name) for name in files if (found := re.search(r"-of-0*(\d+)\.", name))):
+        names |= {re.sub(r"-\d+(-of-)", f"-{at:05}\\1", name) for at in range(1, min(count, 9999) + 1)}
     missing = sorted(str(name) for name in names if name not in files)
     if missing:
         problems.append(f"{len(missing)} of {len(names)} files are missing, {missing[0]} first")
@@ -1059,8 +1064,11 @@ def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
                 tensors.update(read_tensors(path))
         except (OSError, ValueError) as error:
             problems.append(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
-    if not files and not any(path.suffix in (".bin", ".pth", ".pt") for path in folder.iterdir()):
-        problems.append("there are none (*.safetensors)")
+    if not files and not names:
+        others = next((path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt")), "")
+        problems.append(
+            f"there is only {others}; *.safetensors are needed" if others else "there are none (*.safetensors)"
+        )
     return tensors, problems
 
 
@@ -1252,7 +1260,9 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
         return Model(path, folder.name, arch, on_disk=False, dialect=read_dialect(template))  # the engine downloads it
     if not folder.exists() or not (folder.is_dir() or folder.suffix.lower() == ".gguf"):
         what = "is neither a folder nor a .gguf file" if folder.exists() else "does not exist"
-        raise AnyclaudeError(f"the model {path} {what}.", "Name the model's folder: --model-path /path/to/folder")
+        raise AnyclaudeError(
+            f"the model {path} {what}.", "Name the model's folder, or its .gguf file: --model-path /path/to/it"
+        )
     ggufs = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
     first = [one for one in ggufs if not re.search(r"-0*[1-9]\d*-of-\d+\.gguf$", one.name) or "-00001-of-" in one.name]
     if folder.is_file() or (ggufs and not any(folder.glob("*.safetensors"))):
@@ -1346,6 +1356,11 @@ LOG_HINTS = (
     (r"Expected file with extension one of", "The model folder has no weights: download the model again."),
     (r"shape mismatch for", "The weights do not fit config.json, as with models quantised for MLX: use the original."),
     (r"missing field `", "config.json is incomplete: download the model again, or update mistral.rs."),
+    (
+        r"[Dd]ns [Ff]ailed|failed to lookup address|Failed to access|Could not get directory listing|HF_HUB_OFFLINE",
+        "Hugging Face cannot be reached. Check the connection, or download the model elsewhere and name its folder.",
+    ),
+    (r"HTTP 40[13]|status code 40[13]", "Hugging Face wants a token for this model: hf auth login"),
     (r"ISQ type .* unknown|invalid value '.*' for '--isq", "Choose a quantisation that the engine knows: --isq Q4K"),
     (r"unexpected argument '", "This engine has no such option: correct extraArgs in ~/.anyclauderc.json."),
 )
@@ -1431,7 +1446,12 @@ LEAN_WINDOW = 65536  # below it the client's whole tool set takes too much of th
 
 def gigabytes(size: float) -> str:
     """Bytes in words."""
-    return f"{size / (1 << 30):.1f} GB"
+    return f"{size / (1 << 30):.1f} GB" if size >= 1 << 29 else f"{size / (1 << 20):.0f} MB"
+
+
+def _with_room(weights: int) -> int:
+    """Bytes of weights, and of what else an engine needs to compute with them."""
+    return weights + max(256 << 20, weights // 20)
 
 
 def fit(model: Model, machine: Machine, isq: str, wanted: int = 0) -> Fit:
@@ -1439,23 +1459,25 @@ def fit(model: Model, machine: Machine, isq: str, wanted: int = 0) -> Fit:
     that stay cached. Pure. `wanted`: the user's own window, which is not questioned. Raises AnyclaudeError, with the
     figures, for a model that cannot fit."""
     weights, token = model.size(isq), model.cache * 2  # 16 bits a number, as the engine keeps them everywhere
+    wanted = min(wanted, model.context or wanted)
     limit = wanted or model.context
     if not weights or not token or not machine.memory:
         return Fit(limit, 0, weights, token)
-    room = machine.memory - weights - max(256 << 20, weights // 20)  # what else it needs to compute with
-    tokens = max(0, room) // token
+    tokens = max(0, machine.memory - _with_room(weights)) // token
     if tokens < 2 * SMALLEST_WINDOW:
-        smaller = [name for name in ("Q4K", "Q3K", "Q2K") if model.size(name) < 0.95 * weights]
+        least = 2 * SMALLEST_WINDOW * token
+        needs = {name: _with_room(model.size(name)) + least for name in (isq, "Q4K", "Q3K", "Q2K")}
+        smaller = [name for name, size in needs.items() if size < machine.memory]
         harder = (
-            f"Quantise it harder (--isq {smaller[0]}: {gigabytes(model.size(smaller[0]))}), or choose"
+            f"Quantise it harder (--isq {smaller[0]}: {gigabytes(needs[smaller[0]])}), or choose"
             if smaller
             else "Choose"
         )
-        needs = weights + 2 * SMALLEST_WINDOW * token + max(256 << 20, weights // 20)
+        more = "raise it" if machine.source == "memoryLimit" else 'set "memoryLimit" (in MB)'
         raise AnyclaudeError(
             f"{model.name} does not fit: its weights take {gigabytes(weights)}, with the least of a context window "
-            f"{gigabytes(needs)}, and the engine may have {gigabytes(machine.memory)} ({machine.source}).",
-            f'{harder} a smaller model. If it has more memory than that: "memoryLimit" (in MB) in ~/{SETTINGS_FILE}',
+            f"{gigabytes(needs[isq])}, and the engine may have {gigabytes(machine.memory)} ({machine.source}).",
+            f"{harder} a smaller model. If there is more memory than that: {more} in the backend in ~/{SETTINGS_FILE}",
         )
     share = (
         tokens // 3 if tokens // 3 >= LEAN_WINDOW else tokens // 2
@@ -1570,9 +1592,8 @@ def find_engine(settings: Settings, environ: Mapping[str, str], offer: bool = Tr
         if engine:
             return engine
     raise AnyclaudeError(
-        "mistral.rs was not found: no mistralrs or mistralrs-server on PATH, in ~/.anyclaude/bin, ~/.local/bin, ~/.mistralrs, "
-        f"~/.cargo/bin or {release}.",
-        "anyclaude build   (the same as: cargo install --locked mistralrs-cli, with the features of this machine)\n"
+        "mistral.rs was not found: no mistralrs or mistralrs-server on PATH or where its installers put it.",
+        "anyclaude build   (10 to 40 minutes, once)\n"
         'or say where it is: "binary" in ~/.anyclauderc.json. To look around without a model: anyclaude --demo',
     )
 
@@ -1624,7 +1645,7 @@ class Build:
     def words(self) -> str:
         """What is built from what."""
         place = f"from {self.source}" if self.source and not self.tag else f"{self.tag} from {REPOSITORY}"
-        where = place if self.source else f"mistralrs-cli {REGISTRY} from crates.io"
+        where = place if self.source else f"{REGISTRY} from crates.io"
         return f"{self.generation.program} {where}, features: {', '.join(self.features) or 'none'}"
 
     def command(self, cargo: Path) -> list[str]:
@@ -1705,6 +1726,14 @@ def check_build(plan: Build, environ: Mapping[str, str]) -> list[Check]:
     return checks
 
 
+def _tell_what_is_missing(checks: Iterable[Check]) -> None:
+    """Raises AnyclaudeError with everything that a build lacks."""
+    missing = [check for check in checks if check.state == "failure"]
+    if missing:
+        words = "; ".join(check.text for check in missing)
+        raise AnyclaudeError(f"it cannot be built yet: {words}.", "\n".join(check.fix for check in missing))
+
+
 def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path:
     """Build mistral.rs -> the program. What is compiled stays when it is interrupted. Raises AnyclaudeError."""
     plan = plan_build(settings, environ, tag)
@@ -1713,6 +1742,7 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
     log = rotated_log(log_path)
     path = os.pathsep.join([environ.get("PATH", os.defpath), str(Path.home() / ".cargo/bin")])
     env = {**environ, "PATH": path, "CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "100"}
+    _tell_what_is_missing(check_build(plan, environ))
     if plan.tag and plan.source and not plan.source.is_dir():
         with tempfile.TemporaryDirectory(dir=plan.source.parent) as folder:  # half a clone is none
             git = which("git", search_path(environ))
@@ -1725,14 +1755,9 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
                     raise
                 plan = dataclasses.replace(plan, source=None, tag="")
                 say(f"{error.message}\nwithout it: building {plan.words}")
-    problems = []
-    for check in check_build(plan, environ):  # behind the clone, which says how new Rust must be
-        if check.state != "ok":
-            say(f"{check.state}: {check.text}\nfix: {check.fix}")
-            problems += [check] if check.state == "failure" else []
-            env.update({"MISTRALRS_METAL_PRECOMPILE": "0"} if check.name == "metal" else {})
-    if problems:
-        raise AnyclaudeError(f"it cannot be built yet: {problems[0].text}.", problems[0].fix)
+        _tell_what_is_missing(check_build(plan, environ))  # the clone says how new Rust must be
+    late = "metal" in plan.features and any(check.name == "metal" and check.fix for check in check_build(plan, environ))
+    env.update({"MISTRALRS_METAL_PRECOMPILE": "0"} if late else {})
     cargo = which("cargo", path.split(os.pathsep))
     assert cargo is not None
     target = plan.program.parent.parent if plan.source and not plan.tag else state_path("build", "")
@@ -1929,6 +1954,20 @@ class _Supervisor:
         self._files.state.unlink(missing_ok=True)
 
 
+def stop_engine(files: _Files) -> None:
+    """Stop an engine, whoever uses it, through its parent if it has one."""
+    state = files.read_state()
+    parent = state.get("parent")
+    if files.engine_runs() and isinstance(parent, int) and birth(parent) == state.get("parent_born"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(parent, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS + 3
+        while files.engine_runs() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    if not files.engine_runs():
+        stop_orphan(files)
+
+
 def supervise() -> int:
     """The process of the engine's parent, which stdin describes. It tells the session on stdout that the engine was
     started, or why not."""
@@ -2039,6 +2078,12 @@ class EngineShare:
         try:
             self._seat = lock(self._files.sessions, fcntl.LOCK_SH)  # waits while an engine here is being stopped
             try:
+                if (
+                    self._files.engine_runs()
+                    and not self._files.cards()
+                    and self._files.read_state().get("model") != model.place
+                ):
+                    stop_engine(self._files)  # nobody uses it, it was only kept alive
                 self.joined = self._files.engine_runs()
                 if not self.joined:
                     self._start(command, model)
@@ -2122,7 +2167,18 @@ class EngineShare:
     def history(self) -> str:
         """What a person should know of the engine at the end of a session; "" if all was well."""
         crashes = self._files.read_state().get("crashes")
-        return f"mistral.rs ended {crashes} times and was started again. Its log: {self.log}" if crashes else ""
+        often = "once" if crashes == 1 else f"{crashes} times"
+        return f"mistral.rs ended {often} and is started again. Its log: {self.log}" if crashes else ""
+
+    def tell_of_crashes(self) -> None:
+        """Tell a person who has nothing else on the terminal of each crash, for ever."""
+        told = ""
+        while True:
+            time.sleep(0.5)  # nothing tells of a file that is replaced
+            news = self.trouble() or self.history()
+            if news != told and news:
+                say(news)
+            told = news
 
     def restart(self, silent: float) -> None:
         """Kill an engine that was silent for so many seconds; its parent starts it anew. One that is younger than that
@@ -2136,7 +2192,9 @@ class EngineShare:
         lines = [line for line in last_lines(self.log, 99) if not BACKTRACE.match(line)]
         hints = (hint for line in reversed(lines) for pattern, hint in LOG_HINTS if re.search(pattern, line))
         tail = "".join(f"\n  {line}" for line in lines[-8:])
-        fix = next(hints, f"Read the whole log: less {self.log}")
+        killed = self._files.read_state().get("exit") == -signal.SIGKILL
+        memory = "It takes less memory with a smaller --context-window, a harder --isq, or a smaller model.\n"
+        fix = next(hints, memory * killed + f"Read the whole log: less {self.log}")
         return AnyclaudeError(f"mistral.rs {what}. Its log ends:{tail}", fix)
 
     def close(self) -> None:
@@ -4738,6 +4796,9 @@ def check_remote(settings: Settings) -> tuple[str, int]:
             key = "the apiKey that is set" if settings.api_key else "requests without a key"
             fix = f'Set "apiKey" of the backend in ~/{SETTINGS_FILE}, or ANYCLAUDE_API_KEY.'
             raise AnyclaudeError(f"{settings.base_url} refuses {key} (HTTP {error.code}).", fix) from None
+        if error.code == 404 and is_loopback(url) and answers(f"{settings.base_url}/v1/models"):
+            message = f"{settings.base_url} has no list of models, but {settings.base_url}/v1 has."
+            raise AnyclaudeError(message, f"--base-url {settings.base_url}/v1") from None
     except (OSError, http.client.HTTPException) as error:
         message = f"no server answers at {settings.base_url}: {getattr(error, 'reason', error)}."
         raise AnyclaudeError(message, "Start that server, or correct baseUrl (or --base-url).") from None
@@ -4824,7 +4885,7 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
         prompt = settings.prompt or ("lean" if window < LEAN_WINDOW else "full")
         if window < SMALL_WINDOW:
             full = "about 25,000" if prompt == "full" else "about 8,000"
-            more = " Try --prompt lean" if prompt == "full" else ""
+            more = " Try --prompt lean" if prompt == "full" else " Give it more, if you can: --context-window 32768"
             say(f"the window of {window} tokens is small: Claude Code's own prompt takes {full} of them.{more}")
         elif not settings.prompt and prompt == "lean":
             say(f"window of {window} tokens: fewer tools, a shorter prompt (--prompt full: all of them)")
@@ -4835,6 +4896,8 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             exports = shlex.join(f"{name}={text}" for name, text in by_hand.items())
             say(f"for Claude Code by hand, also: export {exports}")
             say("Ctrl-C ends it")
+            if share:
+                threading.Thread(target=share.tell_of_crashes, daemon=True).start()
             with contextlib.suppress(KeyboardInterrupt, SystemExit), next_signal() as wait:  # a good end, here
                 print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
                 while True:
@@ -4915,14 +4978,14 @@ def status(settings: Settings, options: Sequence[str]) -> int:
         rows = {
             "engine": one["engine"],
             "model": one["model"],
-            "port": f"{one['port']}, {one['state']}, pid {one['pid']}",
-            "uptime": duration(one["uptime"]) + (f", restarted {one['crashes']} times" if one["crashes"] else ""),
+            "port": f"{one['port']}, {one['state']}" + (f", pid {one['pid']}" if one["pid"] else ""),
+            "uptime": duration(one["uptime"]) + (f", {one['crashes']} crashes" if one["crashes"] else ""),
             "memory": gigabytes(one["memory"]),
             "sessions": "".join(f"pid {card.get('pid')} in {card.get('folder')}; " for card in one["sessions"]).rstrip(
                 "; "
             )
             or "none",
-            "speed": f"{speed:g} tokens a second, reading and writing"
+            "speed": f"{speed:g} tokens a second, read and written, when it last worked"
             if speed is not None
             else "nothing was asked yet",
             "prefix cache": f"{hits:g} % hits" if hits is not None else "nothing was asked yet",
@@ -4948,16 +5011,7 @@ def stop(settings: Settings, options: Sequence[str]) -> int:
         )
         raise AnyclaudeError(f"sessions are open:{listed}", "Close them, or: anyclaude stop --force")
     for files in found:
-        state = files.read_state()
-        parent = state.get("parent")
-        if files.engine_runs() and isinstance(parent, int) and birth(parent) == state.get("parent_born"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(parent, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_SECONDS + 3
-            while files.engine_runs() and time.monotonic() < deadline:
-                time.sleep(0.02)
-        if not files.engine_runs():
-            stop_orphan(files)
+        stop_engine(files)
         say(
             f"stopped the engine on port {files.port}"
             if not files.engine_runs()
@@ -5068,9 +5122,8 @@ def describe_model(model: Model) -> str:
         "context": f"{model.context} tokens" if model.context else "",
         "calls": model.dialect.calls,
         "quantised": "already" if model.quantised else "",
-        "in": ("GGUF" if model.files else "MLX, read through a folder of links" if model.mlx == "shadow" else "")
-        if model.on_disk
-        else "not here: the engine downloads it",
+        "in": "GGUF" if model.files else "MLX, read through a folder of links" if model.mlx == "shadow" else "",
+        "no such folder here:": "" if model.on_disk else "taken for a name on Hugging Face, to be downloaded",
     }
     return ", ".join(f"{name} {text}".strip() for name, text in facts.items() if text)
 
@@ -5100,7 +5153,7 @@ def doctor(settings: Settings, options: Sequence[str]) -> int:
         return int(failed)
     marks = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
     for check in checks:
-        lines = [*check.text.split("\n"), *(f"fix: {fix}" for fix in check.fix.split("\n") if fix)]
+        lines = [*check.text.split("\n"), *(f"fix: {fix}" for fix in as_called(check.fix).split("\n") if fix)]
         print(
             "".join(
                 f"{marks[check.state] if not at else '':9}{check.name if not at else '':10}{plain(text)}\n"
@@ -5108,7 +5161,11 @@ def doctor(settings: Settings, options: Sequence[str]) -> int:
             ),
             end="",
         )
-    print(f"would run: {line}" if line else "nothing can be run yet")
+    print(
+        f"would run: {line}"
+        if line and not failed
+        else as_called("Mend the failures from the top, then: anyclaude doctor")
+    )
     return int(failed)
 
 
@@ -5165,6 +5222,13 @@ def exit_on_signals() -> None:
         signal.signal(signal.SIGHUP, leave)
 
 
+def as_called(fix: str) -> str:
+    """A fix whose commands begin as this one was called: not everybody has `anyclaude` on the PATH."""
+    program = sys.argv[0] if sys.argv[0].endswith(".py") else ""
+    called = f"python3 {shlex.quote(program)}" if program else "anyclaude"
+    return re.sub(r"\banyclaude (?=--|build|doctor|stop|status|logs|again)", lambda _: f"{called} ", fix)
+
+
 def open_standard_streams() -> None:
     """Give the streams that the caller closed (`2>&-`) to /dev/null, before another file gets their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -5205,7 +5269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else AnyclaudeError(f"the system refused: {error}.", "Check that file or folder.")
         )
         say(f"error: {problem.message}")
-        say("fix: " + problem.fix.replace("\n", "\n     "))
+        say("fix: " + as_called(problem.fix).replace("\n", "\n     "))
         return 1
     except KeyboardInterrupt:
         say("stopped")
