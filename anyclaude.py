@@ -33,6 +33,7 @@ import hmac
 import http.client
 import itertools
 import json
+import operator
 import os
 import queue
 import re
@@ -218,10 +219,13 @@ def output_of(*command: str) -> str:
     program = which(command[0], ["/", *search_path(os.environ)])  # an absolute path stays what it is
     if not program:
         return ""
-    line, env = [str(program), *command[1:]], {**os.environ, "NO_COLOR": "1", "LC_ALL": "C"}
+    line, env = [str(program), *command[1:]], {**os.environ, "NO_COLOR": "1", "LC_ALL": "C", "TZ": "UTC0"}
     no_input, joined = subprocess.DEVNULL, subprocess.STDOUT
+    home = (
+        Path.home() if Path.home().is_dir() else Path("/")
+    )  # not the working directory: its files tell rustc what to run
     try:
-        output = subprocess.check_output(line, stdin=no_input, stderr=joined, env=env, timeout=20)
+        output = subprocess.check_output(line, stdin=no_input, stderr=joined, env=env, timeout=20, cwd=home)
     except (OSError, subprocess.SubprocessError):
         return ""
     return output.decode("utf-8", "replace")
@@ -246,12 +250,17 @@ def ending(status: Any) -> str:
     return f"signal {-status}{killed}"
 
 
+def times(count: Any) -> str:
+    """How often, in words."""
+    return "once" if count == 1 else f"{count} times"
+
+
 def agrees(question: str) -> bool:
     """Ask a person, on a terminal; without one the answer is no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     say(f"{question} [Y/n]")
-    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+    return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")  # without a line end it was Ctrl-D
 
 
 @contextlib.contextmanager
@@ -352,9 +361,9 @@ KEYS = (
     Key("vision", "flag", "vision"),
     Key("claude_binary", "path", "claudeBinary", trusted=True),
     Key("start_timeout", "1..86400", "startTimeout"),
-    Key("stall_timeout", "1..86400", "stallTimeout"),
-    Key("keep_alive", "0..86400", "keepAlive"),
-    Key("memory_limit", "0..100000000", "memoryLimit"),
+    Key("stall_timeout", "1..86400", "stallTimeout", trusted=True),
+    Key("keep_alive", "0..86400", "keepAlive", trusted=True),
+    Key("memory_limit", "0..100000000", "memoryLimit", trusted=True),
     Key("server_script", "path", "serverScript", trusted=True),
     Key("python_venv", "path", "pythonVenv", trusted=True),
     Key("proxy_only", "flag", flag="--proxy-only"),  # these are of one run, and never in a file
@@ -861,11 +870,15 @@ class Model:
         """Its folder or its file: what tells it from others."""
         return os.path.join(self.path, self.files[0]) if self.files else self.path
 
-    def size(self, isq: str) -> int:
-        """The bytes of its weights in memory, when quantised to `isq` while loading."""
-        numbers, stored = (0, 0) if self.quantised else self.linear
-        bits = ISQ_BITS.get(isq.upper(), 16.0)
-        return self.weights - stored + int(min(float(stored), numbers * bits / 8))
+    def size(self, isq: str, widened: int = 1) -> int:
+        """The bytes of its weights in memory, when quantised to `isq` while loading. `widened`: how many times larger
+        those become that are not quantised."""
+        if self.quantised:
+            return self.weights
+        numbers, stored = self.linear
+        bits = ISQ_BITS.get(isq.upper(), 0.0)
+        plain = self.weights - stored if bits else self.weights
+        return plain * widened + int(min(float(stored), numbers * bits / 8))
 
 
 # --isq, with the bits for each number, scales included. Source: mistralrs-core/src/pipeline/isq.rs (v0.6.0 to v0.9.2), the
@@ -900,19 +913,32 @@ ISQ_BITS = {
 DOWNLOAD = "Download it again, which goes on where it stopped: hf download ORG/NAME --local-dir {}\n(hf: pip install -U huggingface_hub)"
 
 
+# What config.json leaves out because the class has it as default. Source: transformers' configuration_gemma3.py.
+CONFIG_DEFAULTS: dict[str, Json] = {
+    "gemma3_text": {
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window_pattern": 6,
+    }
+}
+
+
 def cache_numbers(config: Json) -> int:
     """How many numbers a token adds to the KV cache: keys and values of every layer whose attention looks back without
     limit; 0 if config.json does not say. Pure. Source: the caches in mistralrs-core/src/kv_cache at v0.6.0 to v0.9.2."""
-    config = {**config, **as_object(config.get("text_config"))}
+    text = {**config, **as_object(config.get("text_config"))}
+    config = {**CONFIG_DEFAULTS.get(str(text.get("model_type")), {}), **text}
 
     def number(*names: str) -> int:
         found = (config.get(name) for name in names)
-        return next((value for value in found if type(value) is int and value > 0), 0)
+        return next((value for value in found if type(value) is int and 0 < value < 1 << 24), 0)
 
     layers, heads = number("num_hidden_layers", "n_layers"), number("num_attention_heads")
     kinds = [str(kind) for kind in as_list(config.get("layer_types"))]
     if kinds:
-        layers = sum("attention" in kind and not kind.startswith(("sliding", "linear", "chunked")) for kind in kinds)
+        layers = sum("attention" in kind and not kind.startswith(("sliding", "linear")) for kind in kinds)
     else:
         layers //= number("sliding_window_pattern", "full_attention_interval") or 1  # Gemma 3, Qwen3-Next
     if number("kv_lora_rank"):  # DeepSeek: kept as they are, not compressed
@@ -1009,12 +1035,12 @@ def read_template(folder: Path) -> str:
     """The chat template of a model's folder; of several, the one for tools. "" if there is none."""
     found: Any = ""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if (folder / "chat_template.jinja").exists():
+        if (folder / "chat_template.jinja").is_file():
             found = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         else:
             name = "chat_template.json" if (folder / "chat_template.json").exists() else "tokenizer_config.json"
             found = as_object(json.loads((folder / name).read_text(encoding="utf-8"))).get("chat_template")
-    named = {row.get("name"): row.get("template") for row in map(as_object, as_list(found))}
+    named = {str(row.get("name")): row.get("template") for row in map(as_object, as_list(found))}
     found = named.get("tool_use", named.get("default", "")) if named else found
     return found if isinstance(found, str) else ""
 
@@ -1030,15 +1056,15 @@ def read_tensors(path: Path) -> dict[str, tuple[int, int]]:
         if begin.startswith(b"version "):
             raise ValueError("it is only a pointer of git-lfs (git lfs pull brings the file)")
         length = int.from_bytes(begin, "little")
-        try:
+        head: Json = {}
+        with contextlib.suppress(ValueError, RecursionError):
             head = as_object(json.loads(file.read(min(length, 100 << 20)))) if len(begin) == 8 else {}
-        except ValueError:
-            head = {}
         found = {}
         for name, tensor in head.items():
-            begin_at, end_at = (*as_list(as_object(tensor).get("data_offsets")), 0, 0)[:2]
-            if name != "__metadata__" and type(begin_at) is int and type(end_at) is int:
-                size = end_at - begin_at
+            tensor = as_object(tensor)
+            ends = [one for one in as_list(tensor.get("data_offsets")) if type(one) is int and 0 <= one < 1 << 50]
+            if name != "__metadata__" and len(ends) == 2:
+                size = max(0, ends[1] - ends[0])
                 found[name] = (size // _NUMBER_SIZE.get(str(tensor.get("dtype")), 1), size)
         whole = 8 + length + sum(size for _, size in found.values())
         if not found or os.fstat(file.fileno()).st_size < whole:
@@ -1051,11 +1077,12 @@ def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
     tensors: dict[str, tuple[int, int]] = {}
     problems = []
     index = folder / "model.safetensors.index.json"
-    names = set(as_object(read_json(index).get("weight_map")).values()) if index.exists() else set()
-    files = {path.name: path for path in folder.glob("*.safetensors")}
+    named = as_object(read_json(index).get("weight_map")).values() if index.is_file() else ()
+    names = {name for name in named if isinstance(name, str)}
+    files = {path.name: path for path in folder.glob("*.safetensors") if path.is_file()}
     for count, name in ((int(found[1]), name) for name in files if (found := re.search(r"-of-0*(\d+)\.", name))):
         names |= {re.sub(r"-\d+(-of-)", f"-{at:05}\\1", name) for at in range(1, min(count, 9999) + 1)}
-    missing = sorted(str(name) for name in names if name not in files)
+    missing = sorted(names - set(files))
     if missing:
         problems.append(f"{len(missing)} of {len(names)} files are missing, {missing[0]} first")
     for name, path in sorted(files.items()):
@@ -1074,7 +1101,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
 
 def _read_folder(folder: Path, arch: str, template: str) -> Model:
     config, generation = (
-        read_json(folder / name) if (folder / name).exists() else None
+        read_json(folder / name) if (folder / name).is_file() else None
         for name in ("config.json", "generation_config.json")
     )
     tensors, problems = _read_weights(folder)
@@ -1082,9 +1109,9 @@ def _read_folder(folder: Path, arch: str, template: str) -> Model:
     model = inspect_model(str(folder), config, generation or {}, arch, template, tensors)
     flaws = [*model.flaws]
     if problems:
-        flaws.append((f"the weights in {folder} are not complete: {'; '.join(problems[:3])}.", DOWNLOAD.format(folder)))
-    if not (folder / "tokenizer.json").exists():
-        flaws.append((f"{folder} has no tokenizer.json.", DOWNLOAD.format(folder)))
+        flaws.append((f"the weights in {folder} are {INCOMPLETE}: {'; '.join(problems[:3])}.", DOWNLOAD.format(folder)))
+    if not (folder / "tokenizer.json").is_file():
+        flaws.append((f"{folder} is {INCOMPLETE}: it has no tokenizer.json.", DOWNLOAD.format(folder)))
     if not template:
         flaws.append(
             (f"{folder} has no chat template: it is no model to talk with, or a file is missing.", NO_TEMPLATE)
@@ -1092,6 +1119,7 @@ def _read_folder(folder: Path, arch: str, template: str) -> Model:
     return dataclasses.replace(model, flaws=tuple(flaws))
 
 
+INCOMPLETE = "not complete"  # so begin the flaws that a download mends
 NO_TEMPLATE = (
     "Choose the model's instruct variant, or put its chat_template.jinja into the folder,\n"
     'or name one: "extraArgs": ["--chat-template", "/path/to/chat_template.jinja"]'
@@ -1122,6 +1150,17 @@ GGUF_SINCE: dict[Version, str] = {
     (0, 8, 0): "mistral3",
     (0, 9, 1): """gemma gemma2 phimoe qwen3next qwen35 qwen35moe deepseek2 glm4 glm4moe smollm3 granite granitemoe
         granitehybrid gpt-oss hunyuan-dense hunyuan-moe lfm2 lfm2moe gemma3""",
+}
+# Type of a tensor -> (bytes, numbers) of a block. Source: ggml's ggml-common.h. Others count as nothing.
+GGML_SIZES = {0: (4, 1), 1: (2, 1), 2: (18, 32), 3: (20, 32), 6: (22, 32), 7: (24, 32), 8: (34, 32), 9: (36, 32)}
+GGML_SIZES |= {
+    10: (84, 256),
+    11: (110, 256),
+    12: (144, 256),
+    13: (176, 256),
+    14: (210, 256),
+    15: (292, 256),
+    30: (2, 1),
 }
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -1159,7 +1198,16 @@ def read_metadata(path: Path) -> Json:
             if exactly(4) != b"GGUF" or number("I") not in (2, 3):
                 raise ValueError("it is no GGUF file of version 2 or 3")
             tensors, count = number("Q"), number("Q")
-            return {**{value(8): value(number("I")) for _ in range(count)}, "tensors": tensors}
+            found = {value(8): value(number("I")) for _ in range(count)}
+            last = 0
+            for _ in range(tensors):
+                value(8)
+                numbers = functools.reduce(operator.mul, [number("Q") for _ in range(number("I"))], 1)
+                size, block = GGML_SIZES.get(number("I"), (0, 1))
+                last = max(last, number("Q") + numbers // block * size)
+            if os.fstat(file.fileno()).st_size < file.tell() + last:
+                raise ValueError("it is not whole")
+            return found
         except (OSError, ValueError, KeyError, OverflowError, RecursionError, struct.error) as error:
             message = f"{path} cannot be read: {error if isinstance(error, ValueError) else 'it is broken'}."
             raise AnyclaudeError(message, DOWNLOAD.format(path.parent)) from None
@@ -1174,25 +1222,31 @@ def inspect_gguf(path: str, metadata: Json, template: str = "") -> Model:
         raise AnyclaudeError(message, "Use the model's safetensors folder, or choose another model.")
     own = {name.partition(".")[2]: value for name, value in metadata.items() if name.startswith(kind + ".")}
 
-    def number(name: str) -> int:
-        found = own.get(name)
-        return found if type(found) is int else max((one for one in as_list(found) if type(one) is int), default=0)
-
-    heads = number("attention.head_count") or 1
-    size = number("attention.key_length") or number("embedding_length") // heads
+    heads = own.get("attention.head_count_kv")
+    each = [
+        one for one in as_list(heads) if type(one) is int and one > 0
+    ]  # one a layer; none in those without attention
+    config = {
+        "num_hidden_layers": len(each) or own.get("block_count"),
+        "num_attention_heads": max(as_list(own.get("attention.head_count")) or [own.get("attention.head_count")]),
+        "num_key_value_heads": max(each, default=heads),
+        "head_dim": own.get("attention.key_length"),
+        "hidden_size": own.get("embedding_length"),
+        "full_attention_interval": own.get("full_attention_interval"),
+        "sliding_window_pattern": 6 if kind == "gemma3" else None,
+    }
+    context = own.get("context_length")
     found = template or metadata.get("tokenizer.chat_template")
     flaws = () if isinstance(found, str) and found else ((f"{path} has no chat template.", NO_TEMPLATE),)
     return Model(
         os.path.dirname(path),
         re.sub(r"(-0*1-of-\d+)?\.gguf$", "", os.path.basename(path)),
-        context=number("context_length"),
+        context=context if type(context) is int else 0,
         quantised=True,
         since=since,
         dialect=read_dialect(found if isinstance(found, str) else ""),
         files=(os.path.basename(path),),
-        cache=number("block_count")
-        * (number("attention.head_count_kv") or heads)
-        * (size + (number("attention.value_length") or size)),
+        cache=cache_numbers(config),
         flaws=flaws,
     )
 
@@ -1200,7 +1254,7 @@ def inspect_gguf(path: str, metadata: Json, template: str = "") -> Model:
 def _read_gguf(path: Path, template: str) -> Model:
     model = inspect_gguf(str(path), read_metadata(path), template)
     part = re.search(r"^(.*-)(\d+)(-of-)(\d+)(\.gguf)$", path.name, re.IGNORECASE)
-    count, width = (int(part[4]), len(part[4])) if part else (1, 0)
+    count, width = (min(int(part[4]), 9999), len(part[4])) if part else (1, 0)
     names = (
         [f"{part[1]}{at:0{width}}{part[3]}{part[4]}{part[5]}" for at in range(1, count + 1)] if part else [path.name]
     )
@@ -1209,6 +1263,9 @@ def _read_gguf(path: Path, template: str) -> Model:
     if missing:
         message = f"{path} is one of {count} files, of which {len(missing)} are missing, {missing[0]} first."
         flaws.append((message, DOWNLOAD.format(path.parent)))
+    for name in names[1:]:
+        if name not in missing:
+            read_metadata(path.parent / name)  # it tells of one that is not whole
     weights = sum((path.parent / name).stat().st_size for name in names if name not in missing)
     return dataclasses.replace(model, files=tuple(names), weights=weights, flaws=tuple(flaws))
 
@@ -1252,11 +1309,10 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
     folder = Path(path)
     if not folder.is_absolute():  # a Hugging Face id
         snapshot = _hub_snapshot(path)
-        if snapshot:
-            with contextlib.suppress(AnyclaudeError):
-                model = read_model(str(snapshot), arch, template)
-                if not model.flaws:  # all there: used as it lies, without the network
-                    return dataclasses.replace(model, name=folder.name)
+        if snapshot and any((snapshot / name).exists() for name in ("config.json", *map(str, snapshot.glob("*.gguf")))):
+            model = read_model(str(snapshot), arch, template)
+            if not any(INCOMPLETE in message for message, _ in model.flaws):  # used as it lies, without the network
+                return dataclasses.replace(model, name=folder.name)
         return Model(path, folder.name, arch, on_disk=False, dialect=read_dialect(template))  # the engine downloads it
     if not folder.exists() or not (folder.is_dir() or folder.suffix.lower() == ".gguf"):
         what = "is neither a folder nor a .gguf file" if folder.exists() else "does not exist"
@@ -1354,6 +1410,11 @@ LOG_HINTS = (
     (r"Unsupported Hugging Face", "Update mistral.rs, or choose another model."),
     (r"tokenizer\.json.{0,60}not found", "The model folder has no tokenizer.json: download the model again."),
     (r"Expected file with extension one of", "The model folder has no weights: download the model again."),
+    (r"outside file length|failed to fill whole buffer", "The model's file is not whole: download it again."),
+    (
+        r"Unknown GGUF architecture|[Uu]nsupported architecture",
+        "Update mistral.rs (anyclaude build), or choose another model.",
+    ),
     (r"shape mismatch for", "The weights do not fit config.json, as with models quantised for MLX: use the original."),
     (r"missing field `", "config.json is incomplete: download the model again, or update mistral.rs."),
     (
@@ -1364,7 +1425,7 @@ LOG_HINTS = (
     (r"ISQ type .* unknown|invalid value '.*' for '--isq", "Choose a quantisation that the engine knows: --isq Q4K"),
     (r"unexpected argument '", "This engine has no such option: correct extraArgs in ~/.anyclauderc.json."),
 )
-BACKTRACE = re.compile(r"\s*(Stack backtrace|stack backtrace|\d+: |at /|note: run with)")
+BACKTRACE = re.compile(r"\s*(Stack backtrace|stack backtrace|\d+: |at \S*/|note: run with)")
 READY_LINE = re.compile(r"(OpenAI-compatible server|Server) listening on http://")
 SUPERVISE = "--supervise-engine"  # internal: the command line of the engine's parent
 
@@ -1409,14 +1470,14 @@ def read_machine(limit: int = 0) -> Machine:
     def number(*command: str) -> int:
         return sum(int(line) for line in output_of(*command).split("\n") if line.strip().isdigit())
 
-    if sys.platform == "darwin":
+    if sys.platform == "darwin" and os.uname().machine == "arm64":
         total, wired = number("sysctl", "-n", "hw.memsize"), number("sysctl", "-n", "iogpu.wired_limit_mb") << 20
         # what macOS lets a GPU wire. Source: mistralrs-core/src/utils/memory_usage.rs at v0.7.0 to v0.9.2
         usable, source = (
             wired or (total * 2 // 3 if total <= 36 << 30 else total * 3 // 4),
             "what macOS gives to the GPU",
         )
-        accelerator = "metal" if os.uname().machine == "arm64" else ""
+        accelerator = "metal"
     else:
         gpus = number("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") << 20
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -1454,19 +1515,19 @@ def _with_room(weights: int) -> int:
     return weights + max(256 << 20, weights // 20)
 
 
-def fit(model: Model, machine: Machine, isq: str, wanted: int = 0) -> Fit:
+def fit(model: Model, machine: Machine, isq: str, wanted: int = 0, widened: int = 1) -> Fit:
     """The largest window whose cache fits beside the weights: that of the running sequence, and those of the sequences
     that stay cached. Pure. `wanted`: the user's own window, which is not questioned. Raises AnyclaudeError, with the
     figures, for a model that cannot fit."""
-    weights, token = model.size(isq), model.cache * 2  # 16 bits a number, as the engine keeps them everywhere
+    weights, token = model.size(isq, widened), model.cache * 2  # 16 bits a number, as the engine keeps them everywhere
     wanted = min(wanted, model.context or wanted)
     limit = wanted or model.context
     if not weights or not token or not machine.memory:
         return Fit(limit, 0, weights, token)
     tokens = max(0, machine.memory - _with_room(weights)) // token
-    if tokens < 2 * SMALLEST_WINDOW:
+    if tokens < 2 * min(SMALLEST_WINDOW, limit or SMALLEST_WINDOW):
         least = 2 * SMALLEST_WINDOW * token
-        needs = {name: _with_room(model.size(name)) + least for name in (isq, "Q4K", "Q3K", "Q2K")}
+        needs = {name: _with_room(model.size(name, widened)) + least for name in (isq, "Q4K", "Q3K", "Q2K")}
         smaller = [name for name, size in needs.items() if size < machine.memory]
         harder = (
             f"Quantise it harder (--isq {smaller[0]}: {gigabytes(needs[smaller[0]])}), or choose"
@@ -1474,10 +1535,15 @@ def fit(model: Model, machine: Machine, isq: str, wanted: int = 0) -> Fit:
             else "Choose"
         )
         more = "raise it" if machine.source == "memoryLimit" else 'set "memoryLimit" (in MB)'
+        wired = (
+            "\nor let macOS give the GPU more of it: sudo sysctl iogpu.wired_limit_mb=MB"
+            if "macOS" in machine.source
+            else ""
+        )
         raise AnyclaudeError(
             f"{model.name} does not fit: its weights take {gigabytes(weights)}, with the least of a context window "
             f"{gigabytes(needs[isq])}, and the engine may have {gigabytes(machine.memory)} ({machine.source}).",
-            f"{harder} a smaller model. If there is more memory than that: {more} in the backend in ~/{SETTINGS_FILE}",
+            f"{harder} a smaller model. If there is more memory than that: {more} in the backend in ~/{SETTINGS_FILE}{wired}",
         )
     share = (
         tokens // 3 if tokens // 3 >= LEAN_WINDOW else tokens // 2
@@ -1523,24 +1589,35 @@ def command_line(
     return [str(engine.program), *generation.front, *front, *behind]
 
 
-def shadowed(model: Model) -> Model:
-    """A model quantised for MLX as mistral.rs reads it: a folder of links to its files, but for a config.json that says
-    `quantization_config` where MLX says `quantization`. The original stays as it is."""
+def shadow_folder(model: Model) -> str:
+    """Where a model quantised for MLX lies as mistral.rs reads it; any other is where it is."""
+    name = f"{Path(model.path).name}-{hashlib.sha256(os.fsencode(model.path)).hexdigest()[:8]}"
+    return str(state_path("cache", "models", name)) if model.mlx == "shadow" else model.path
+
+
+def make_shadow(model: Model) -> None:
+    """Make a folder of links to the files of a model quantised for MLX, but for a config.json that says
+    `quantization_config` where MLX says `quantization`. The original stays as it is, and so does what an engine that runs
+    may be reading."""
     if model.mlx != "shadow":
-        return model
-    original = Path(model.path)
-    shadow = state_path(
-        "cache", "models", f"{original.name}-{hashlib.sha256(model.path.encode()).hexdigest()[:8]}", "config.json"
-    )
-    config = read_json(original / "config.json")
-    shared = {path.name for path in original.iterdir()} - {"config.json", "params.json", "consolidated.safetensors"}
-    for link in shadow.parent.iterdir():
-        if link.name not in shared or os.readlink(link) != str(original / link.name):
-            link.unlink()
-    for name in shared - {path.name for path in shadow.parent.iterdir()}:
-        (shadow.parent / name).symlink_to(original / name)
-    write_json(shadow, {**config, "quantization_config": config["quantization"]})
-    return dataclasses.replace(model, path=str(shadow.parent))
+        return
+    original, shadow = Path(model.path), Path(shadow_folder(model))
+    shadow.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.closing(os.fdopen(lock(shadow.with_suffix(".lock"), fcntl.LOCK_EX))):
+        config = read_json(original / "config.json")
+        config["quantization_config"] = config.get("quantization")
+        shared = {path.name for path in original.iterdir()} - {"config.json", "params.json", "consolidated.safetensors"}
+        for link in {path.name for path in shadow.iterdir()} - {"config.json"}:
+            if (
+                link not in shared
+                or not (shadow / link).is_symlink()
+                or os.readlink(shadow / link) != str(original / link)
+            ):
+                (shadow / link).unlink()
+        for name in shared - {path.name for path in shadow.iterdir()}:
+            (shadow / name).symlink_to(original / name)
+        if not (shadow / "config.json").exists() or read_json(shadow / "config.json") != config:
+            write_json(shadow / "config.json", config)
 
 
 def dialect_on(dialect: Dialect, version: Version) -> Dialect:
@@ -1670,10 +1747,11 @@ def plan_build(settings: Settings, environ: Mapping[str, str], tag: str = "") ->
     home = state_path("bin", "")
     if which("git", search_path(environ)):
         tag = tag or TESTED_TAG
-        modern = tuple(map(int, re.findall(r"\d+", tag)[:2])) >= (0, 7) or not re.match(r"v\d", tag)
+        numbers = re.match(r"v?(\d{1,4})\.(\d{1,4})", tag)
+        modern = not numbers or (int(numbers[1]), int(numbers[2])) >= (0, 7)
         generation = GENERATIONS[0] if modern else GENERATIONS[1]
         return Build(
-            state_path("src", f"mistral.rs-{tag.replace('/', '-')}"),
+            state_path("src", f"mistral.rs-{urllib.parse.quote(tag, safe='')}"),
             tag,
             generation,
             features,
@@ -1692,7 +1770,7 @@ def check_build(plan: Build, environ: Mapping[str, str]) -> list[Check]:
         Check("cargo", "ok", str(cargo)) if cargo else Check("cargo", "failure", "Rust's cargo was not found", RUST)
     ]
     manifest = plan.source / "Cargo.toml" if plan.source else None
-    text = manifest.read_text(encoding="utf-8") if manifest and manifest.is_file() else ""
+    text = manifest.read_text(encoding="utf-8", errors="replace") if manifest and manifest.is_file() else ""
     wanted = re.search(r'(?m)^rust-version *= *"(\d+)\.(\d+)', text)
     rustc = which("rustc", path)
     has = re.search(r"rustc (\d+)\.(\d+)", output_of(str(rustc), "--version")) if rustc else None
@@ -1702,10 +1780,12 @@ def check_build(plan: Build, environ: Mapping[str, str]) -> list[Check]:
         words = f"{has[0]}, {least[0]}.{least[1]} or newer is needed"
         checks.append(Check("rustc", "ok" if good else "failure", words, "" if good else "rustup update stable"))
     compiler = which("cc", path)
+    if sys.platform == "darwin" and not output_of("xcode-select", "-p").strip():
+        compiler = None  # what lies there only offers to install the command line tools
     checks.append(
         Check("compiler", "ok", str(compiler))
         if compiler
-        else Check("compiler", "failure", "there is no cc", BUILD_TOOLS)
+        else Check("compiler", "failure", "there is no C compiler", BUILD_TOOLS)
     )
     if "metal" in plan.features:
         metal = output_of("xcrun", "--find", "metal").strip()
@@ -1740,10 +1820,13 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
     say(f"building {plan.words}")
     log_path = state_path("logs", "build.log")
     log = rotated_log(log_path)
-    path = os.pathsep.join([environ.get("PATH", os.defpath), str(Path.home() / ".cargo/bin")])
+    more = [str(Path.home() / ".cargo/bin"), *(["/usr/local/cuda/bin"] if "cuda" in plan.features else [])]
+    path = os.pathsep.join([environ.get("PATH", os.defpath), *more])
     env = {**environ, "PATH": path, "CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "100"}
     _tell_what_is_missing(check_build(plan, environ))
-    if plan.tag and plan.source and not plan.source.is_dir():
+    if plan.tag and plan.source and not (plan.source / "Cargo.toml").is_file():
+        for left in (plan.source, *plan.source.parent.glob("tmp*")):  # of a clone that was ended
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=plan.source.parent) as folder:  # half a clone is none
             git = which("git", search_path(environ))
             clone = [str(git), "clone", "--quiet", "--depth", "1", "--branch", plan.tag, REPOSITORY, f"{folder}/source"]
@@ -1763,9 +1846,12 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
     target = plan.program.parent.parent if plan.source and not plan.tag else state_path("build", "")
     begun = time.monotonic()
     run_build(plan.command(cargo), str(plan.source or target), {**env, "CARGO_TARGET_DIR": str(target)}, log, log_path)
+    made = target / "release" / plan.program.name if plan.tag else plan.program
+    if not made.is_file():
+        raise AnyclaudeError(f"cargo made no {made}.", f"Read the log: less {log_path}")
     if plan.tag:
         fresh = plan.program.with_name(f".{plan.program.name}")  # in one step: an engine may run from there
-        shutil.copy2(target / "release" / plan.program.name, fresh)
+        shutil.copy2(made, fresh)
         os.replace(fresh, plan.program)
     say(f"built in {(time.monotonic() - begun) / 60:.0f} min: {plan.program}")
     return plan.program
@@ -1775,11 +1861,20 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
     """Run one step of a build, its output in the log and how far it is on the terminal. Raises AnyclaudeError."""
     begun = told = time.monotonic()
     pipe, joined, null = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=folder, env=dict(env), stdin=null, stdout=pipe, stderr=joined)
+    process = subprocess.Popen(
+        command, cwd=folder, env=dict(env), stdin=null, stdout=pipe, stderr=joined, start_new_session=True
+    )
     assert process.stdout is not None
     rest, tail = b"", list[str]()
     try:
-        while data := os.read(process.stdout.fileno(), 65536):
+        while True:
+            if not select.select([process.stdout], [], [], 0.5)[0]:
+                if process.poll() is None:
+                    continue
+                break  # it is gone, and what it started holds the pipe
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                break
             *lines, rest = re.split(rb"[\r\n]", rest + data)
             for line in filter(None, (plain(line.decode("utf-8", "replace")).strip() for line in lines)):
                 progress = re.match(r"Building \[.*\] (\d+)/(\d+)", line)
@@ -1800,7 +1895,7 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
     finally:
         TERMINAL.waiting("")
         if process.poll() is None:
-            terminate(process)
+            terminate(process, os.killpg)
         process.stdout.close()
     if status:
         first = next((at for at, line in enumerate(tail) if line.startswith("error")), max(0, len(tail) - 8))
@@ -1817,9 +1912,10 @@ class _Files:
     `alive`: the parent holds it as long as the engine runs. `starting`: held while a session starts or joins."""
 
     def __init__(self, port: int) -> None:
-        names = ("sessions", "alive", "starting", "json")
+        names = ("sessions", "alive", "starting", "json", "heard")
         self.port = port
-        self.sessions, self.alive, self.starting, self.state = (state_path("run", f"engine-{port}.{n}") for n in names)
+        paths = (state_path("run", f"engine-{port}.{name}") for name in names)
+        self.sessions, self.alive, self.starting, self.state, self.heard = paths
 
     def read_state(self) -> Json:
         """What the parent wrote of its engine; empty when there is nothing usable."""
@@ -1883,6 +1979,7 @@ class _Supervisor:
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._spec, self._files = spec, _Files(spec["port"])
         self.alive = lock(self._files.alive, fcntl.LOCK_EX)
+        self._served = False
         self._state: Json = {**spec, "parent": os.getpid(), "parent_born": birth(os.getpid()), "crashes": 0}
         if not can_lock(Path(spec["log"]), fcntl.LOCK_EX):  # the log of an engine on another port
             self._state["log"] = spec["log"].replace(".log", f"-{spec['port']}.log")
@@ -1891,19 +1988,27 @@ class _Supervisor:
 
     def start(self) -> None:
         """Start the engine. Raises OSError."""
-        env, log = {**os.environ, **self._spec.get("env", {}), "NO_COLOR": "1"}, self._log
-        line, null = self._spec["command"], subprocess.DEVNULL
+        env, log, null = {**os.environ, "NO_COLOR": "1"}, self._log, subprocess.DEVNULL
+        line = self._spec["command"]
         self.engine = subprocess.Popen(
             line, stdin=null, stdout=log, stderr=log, cwd=Path.home(), env=env, start_new_session=True
         )
         pid = self.engine.pid
-        self._tell(pid=pid, born=birth(pid), started=time.time(), ready=0)
+        try:
+            self._tell(pid=pid, born=birth(pid), started=time.time(), ready=0)
+        except BaseException:
+            terminate(self.engine, os.killpg)
+            raise
         for target in (self._wait_for_engine, self._wait_until_ready):
             threading.Thread(target=target, args=(self.engine,), daemon=True).start()
 
     def _tell(self, **changes: Any) -> None:
         self._state.update(changes)
-        write_json(self._files.state, self._state)
+        try:
+            write_json(self._files.state, self._state)
+        except OSError:  # a full disk does not end an engine that serves
+            if not self._served:
+                raise
 
     def _wait_for_engine(self, engine: subprocess.Popen[bytes]) -> None:
         engine.wait()
@@ -1911,7 +2016,7 @@ class _Supervisor:
 
     def _wait_until_ready(self, engine: subprocess.Popen[bytes]) -> None:
         while engine.poll() is None:
-            if serves(self._spec["port"]):
+            if serves(self._spec["port"]) and owns(engine.pid, self._spec["port"]):
                 return self.events.put("ready")
             time.sleep(0.2)
 
@@ -1920,7 +2025,7 @@ class _Supervisor:
         until the port is free again."""
         while True:
             seat = lock(self._files.sessions, fcntl.LOCK_EX)
-            until = time.monotonic() + self._spec.get("keep_alive", 0)
+            until = time.monotonic() + self._spec["keep_alive"] * self._has_served()
             while seat >= 0 and (left := until - time.monotonic()) > 0:
                 os.close(seat)
                 time.sleep(min(left, 0.5))  # nothing tells of a lock that is taken
@@ -1931,27 +2036,44 @@ class _Supervisor:
             if seat >= 0:
                 return self.events.put("unused")
 
+    def _has_served(self) -> bool:
+        """Whether the engine was ever ready, be it a moment ago."""
+        self._served = self._served or any(map(READY_LINE.search, last_lines(Path(self._state["log"]), 99)))
+        return self._served
+
     def watch(self) -> None:
-        """Look after the engine until it is no longer wanted, or not to be kept alive."""
-        served, deaths = False, list[float]()
-        while (event := self.events.get()) in ("ready", "ended"):
+        """Look after the engine until it is no longer wanted, or not to be started again."""
+        deaths = list[float]()
+        while (event := self._next_event(bool(deaths))) in ("ready", "ended"):
             if event == "ready":
-                served = True
+                self._served = True
                 self._tell(ready=time.time())
                 continue
             deaths = [*(one for one in deaths if time.monotonic() - one < RESTART_SECONDS), time.monotonic()]
             self._tell(exit=self.engine.returncode, ready=0, crashes=len(deaths))
-            served = served or any(map(READY_LINE.search, last_lines(Path(self._state["log"]), 99)))  # but a moment ago
-            if not served or len(deaths) > RESTARTS:
+            if not self._has_served() or len(deaths) > RESTARTS:
                 return
             until = time.monotonic() + RESTART_PAUSE * 2 ** (len(deaths) - 1)
             with contextlib.suppress(queue.Empty):
-                while (event := self.events.get(timeout=max(0.0, until - time.monotonic()))) == "ready":
+                while self.events.get(timeout=max(0.0, until - time.monotonic())) == "ready":
                     pass  # of the one that died
                 break
-            self.start()
+            try:
+                self.start()
+            except OSError as error:
+                return self._tell(reason=f"{error.filename or self._spec['command'][0]}: {error.strerror}")
         terminate(self.engine, os.killpg)
         self._files.state.unlink(missing_ok=True)
+
+    def _next_event(self, restarted: bool) -> str:
+        """What happens next. An engine that does not come back in time is killed, which is one more death."""
+        while True:
+            waits = restarted and not self._state["ready"]
+            try:
+                return self.events.get(timeout=self._spec["start_timeout"] if waits else None)
+            except queue.Empty:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.engine.pid, signal.SIGKILL)
 
 
 def stop_engine(files: _Files) -> None:
@@ -1996,8 +2118,12 @@ def supervise() -> int:
 
 
 def birth(pid: int) -> str:
-    """When the process was started, in ps' words; "" if there is none. It tells whether a pid was given anew."""
-    return output_of("ps", "-o", "lstart=", "-p", str(pid)).strip()
+    """When the process was started, in the system's words; "" if there is none. It tells whether a pid was given anew."""
+    with contextlib.suppress(OSError, IndexError):
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        )  # in ticks since the machine's start
+    return "" if os.path.isdir("/proc/self") else output_of("ps", "-o", "lstart=", "-p", str(pid)).strip()
 
 
 def port_owner(port: int) -> tuple[int, str]:
@@ -2010,11 +2136,24 @@ def port_owner(port: int) -> tuple[int, str]:
     return next(((int(match["pid"]), match["name"]) for match in found if match), (0, ""))
 
 
+def owns(pid: int, port: int) -> bool:
+    """Whether an engine, or a process of its group, is who listens on `port`, as far as that can be known."""
+    owner = port_owner(port)[0]
+    with contextlib.suppress(ProcessLookupError):
+        return not owner or os.getpgid(owner) == pid
+    return True
+
+
 def port_taken(whose: str, port: int, option: str, why: str = "") -> AnyclaudeError:
     """The error that `port` cannot be had, with its owner if that is known."""
     pid, name = port_owner(port)
     who = f"by {name} (pid {pid})" if pid else f"({why or 'by a program that cannot be seen'})"
-    return AnyclaudeError(f"{whose}port {port} is taken {who}.", f"Choose another: {option} {port + 1}")
+    return AnyclaudeError(f"{whose}port {port} is taken {who}.", f"Choose another: {option} {other_port(port)}")
+
+
+def other_port(port: int) -> int:
+    """One to propose in place of `port`."""
+    return port + 1 if port < 65535 else 8081
 
 
 def port_is_free(port: int) -> bool:
@@ -2068,26 +2207,27 @@ class EngineShare:
 
     `engine`: what it is, in words; `keep_alive`: seconds that it stays when the last session is gone."""
 
-    def __init__(
-        self, port: int, command: list[str], model: Model, engine: str = "mistral.rs", keep_alive: int = 0
-    ) -> None:
+    def __init__(self, port: int, command: list[str], model: Model, **told: Any) -> None:
+        """`told`: what the state says of the engine, for `status` and for those that join: engine (in words), keep_alive
+        and start_timeout (seconds), version, window."""
         self.port, self.log = port, state_path("logs", "mistralrs-server.log")
-        self.engine, self._files = engine, _Files(port)
-        self._spec = {"engine": engine, "keep_alive": keep_alive}
+        self._files, self._heard, self._served = _Files(port), 0.0, False
+        self._spec = {"engine": "mistral.rs", "keep_alive": 0, "start_timeout": 600, **told}
         starting = lock(self._files.starting, fcntl.LOCK_EX)
         try:
             self._seat = lock(self._files.sessions, fcntl.LOCK_SH)  # waits while an engine here is being stopped
             try:
-                if (
-                    self._files.engine_runs()
-                    and not self._files.cards()
-                    and self._files.read_state().get("model") != model.place
-                ):
+                used, other = self._files.cards(), self.state.get("model") not in (None, model.place)
+                if other and used and self._files.engine():
+                    raise self._other_model()
+                if other and self._files.engine_runs():
                     stop_engine(self._files)  # nobody uses it, it was only kept alive
                 self.joined = self._files.engine_runs()
                 if not self.joined:
                     self._start(command, model)
-                self._join(model)
+                if self.state.get("model") != model.place:
+                    raise self._other_model()
+                self.log = Path(str(self.state.get("log")))
                 self._card_path = state_path("run", f"session-{port}-{os.getpid()}.json")
                 self._card = lock(self._card_path, fcntl.LOCK_EX)
                 os.write(self._card, json.dumps({"pid": os.getpid(), "folder": os.getcwd()}).encode())
@@ -2097,16 +2237,20 @@ class EngineShare:
         finally:
             os.close(starting)
 
+    @property
+    def state(self) -> Json:
+        """What the engine's parent says of it now."""
+        return self._files.read_state()
+
+    def _other_model(self) -> AnyclaudeError:
+        message = f"port {self.port} is taken: another session of yours serves {self.state.get('model')} there."
+        return AnyclaudeError(
+            message, f"Close that session, or choose another port: --engine-port {other_port(self.port)}"
+        )
+
     def _others(self) -> bool:
         """Whether other sessions have a share (then it is to be had shared, and not alone)."""
         return not can_lock(self._files.sessions, fcntl.LOCK_EX) and can_lock(self._files.sessions, fcntl.LOCK_SH)
-
-    def _join(self, model: Model) -> None:
-        state = self._files.read_state()
-        if state.get("model") != model.place:
-            message = f"port {self.port} is taken: another session of yours serves {state.get('model')} there."
-            raise AnyclaudeError(message, f"Close that session, or choose another port: --engine-port {self.port + 1}")
-        self.log = Path(state["log"])
 
     def _start(self, command: list[str], model: Model) -> None:
         stop_orphan(self._files)
@@ -2125,6 +2269,7 @@ class EngineShare:
             parent.stdin.close()
             answer = parent.stdout.readline().decode().strip()
         if answer != "started":
+            stop_orphan(self._files)
             message = f"mistral.rs could not be started: {answer or 'its parent process died'}."
             raise AnyclaudeError(message, 'Check that program, or name another as "binary" in ~/.anyclauderc.json.')
 
@@ -2147,10 +2292,9 @@ class EngineShare:
             TERMINAL.waiting(f"waiting for mistral.rs {said}")
             time.sleep(0.1)
         TERMINAL.waiting("")
-        owner, engine = port_owner(self.port)[0], self._files.read_state().get("pid")
-        with contextlib.suppress(ProcessLookupError):
-            if owner and os.getpgid(owner) != engine:  # one that took the port while ours was loading
-                raise port_taken("", self.port, "--engine-port")
+        self._served = True
+        if not owns(self._files.engine(), self.port):  # one that took the port while ours was loading
+            raise port_taken("", self.port, "--engine-port")
         return next((line for line in reversed(last_lines(self.log, 20)) if READY_LINE.search(line)), "")
 
     def trouble(self) -> str:
@@ -2158,17 +2302,17 @@ class EngineShare:
         if self._files.engine_runs():
             return ""
         state = self._files.read_state()
-        if "exit" not in state:
+        if "exit" not in state or "model" not in state:
             return "mistral.rs was stopped from outside (anyclaude stop).\nTo go on: start anyclaude again, with --continue."
-        often = f"ended {state.get('crashes')} times and is not restarted any more ({ending(state['exit'])})"
+        why = state.get("reason") or ending(state["exit"])
+        often = f"ended {times(state.get('crashes'))} and is not started any more ({why})"
         error = self._failure(often)
         return f"{error.message}\n{error.fix}\nThen go on: start anyclaude again, with --continue."
 
     def history(self) -> str:
         """What a person should know of the engine at the end of a session; "" if all was well."""
         crashes = self._files.read_state().get("crashes")
-        often = "once" if crashes == 1 else f"{crashes} times"
-        return f"mistral.rs ended {often} and is started again. Its log: {self.log}" if crashes else ""
+        return f"mistral.rs ended {times(crashes)} and is started again. Its log: {self.log}" if crashes else ""
 
     def tell_of_crashes(self) -> None:
         """Tell a person who has nothing else on the terminal of each crash, for ever."""
@@ -2181,20 +2325,29 @@ class EngineShare:
             told = news
 
     def restart(self, silent: float) -> None:
-        """Kill an engine that was silent for so many seconds; its parent starts it anew. One that is younger than that
-        was restarted already."""
-        pid, started = self._files.engine(), self._files.read_state().get("started", 0)
-        if pid and time.time() - started > silent:
+        """Kill an engine that was silent for so many seconds, to every session; its parent starts it anew. One that is
+        younger than that was restarted already."""
+        heard, started = 0.0, self.state.get("started", 0)
+        with contextlib.suppress(OSError):
+            heard = self._files.heard.stat().st_mtime
+        pid = self._files.engine()
+        if pid and time.time() - max(started, heard) > silent:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+
+    def hear(self) -> None:
+        """Note for all sessions that the engine said something to this one."""
+        if time.monotonic() - self._heard > 1:
+            self._heard = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._files.heard.touch(0o600)
 
     def _failure(self, what: str) -> AnyclaudeError:
         lines = [line for line in last_lines(self.log, 99) if not BACKTRACE.match(line)]
         hints = (hint for line in reversed(lines) for pattern, hint in LOG_HINTS if re.search(pattern, line))
         tail = "".join(f"\n  {line}" for line in lines[-8:])
-        killed = self._files.read_state().get("exit") == -signal.SIGKILL
         memory = "It takes less memory with a smaller --context-window, a harder --isq, or a smaller model.\n"
-        fix = next(hints, memory * killed + f"Read the whole log: less {self.log}")
+        fix = next(hints, memory * ("memory runs out" in what) + f"Read the whole log: less {self.log}")
         return AnyclaudeError(f"mistral.rs {what}. Its log ends:{tail}", fix)
 
     def close(self) -> None:
@@ -2202,7 +2355,7 @@ class EngineShare:
         self._card_path.unlink(missing_ok=True)
         os.close(self._card)
         os.close(self._seat)
-        if self._files.read_state().get("keep_alive"):
+        if self.state.get("keep_alive") and self._served:
             return
         deadline = time.monotonic() + STOP_SECONDS + 3
         while self._files.engine_runs() and not self._others() and time.monotonic() < deadline:
@@ -4229,18 +4382,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if missing:
             answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
             return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
-        try:
-            upstream = _Upstream(target, data, self.connection)
-        except (OSError, http.client.HTTPException) as error:
-            trouble = self.server.trouble()  # with it the client need not try again
-            words = trouble or f"the engine does not answer at {target.url} ({error})"
-            raise ApiError(400 if trouble else 529, words) from None
-        with contextlib.closing(upstream):
-            estimate = estimate_tokens(payload)  # while the engine works
-            reply.prompt = counter.corrected(estimate)
-            self._body = data = b""  # a reply may take long: what was only for the request goes
-            del request, translated, payload
-            self._answer(streamed, self._relay(upstream, reply))
+        estimate = estimate_tokens(payload)
+        reply.prompt = counter.corrected(estimate)
+        self._body = b""  # a reply may take long: what was only for the request goes
+        del request, translated, payload
+        self._answer(streamed, self._batches(data, reply))
         if reply.counted:
             self.server.learn(estimate, reply.prompt)
 
@@ -4256,10 +4402,45 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
         self.connection.sendall(b"0\r\n\r\n")
 
+    def _batches(self, data: bytes, reply: Reply) -> Iterator[list[Event]]:
+        """The reply's events, from when the engine serves. Raises as `_relay`."""
+        try:
+            if self.server.share:
+                yield from self._held(self.server.share, reply)
+            try:
+                upstream = _Upstream(self.server.target, data, self.connection)
+            except (OSError, http.client.HTTPException) as error:
+                trouble = (
+                    self.server.share.trouble() if self.server.share else ""
+                )  # with 400 the client does not try again
+                words = trouble or f"the engine does not answer at {self.server.target.url} ({error})"
+                raise ApiError(400 if trouble else 529, words) from None
+        except ApiError as error:
+            if not reply.begun:
+                raise
+            yield reply.fail(error)
+            return
+        with contextlib.closing(upstream):
+            del data
+            yield from self._relay(upstream, reply)
+
+    def _held(self, share: EngineShare, reply: Reply) -> Iterator[list[Event]]:
+        """Pings, as long as the engine is being started again: loading may take longer than a client tries."""
+        said = time.monotonic() + FIRST_WORD_SECONDS - PING_SECONDS
+        while not share.state.get("ready"):
+            if share.trouble():
+                raise ApiError(400, share.trouble())
+            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                raise _ClientLeft
+            time.sleep(0.05)
+            if time.monotonic() - said >= PING_SECONDS:
+                said = time.monotonic()
+                yield [*reply.start(), {"type": "ping"}]
+
     def _relay(self, upstream: _Upstream, reply: Reply) -> Iterator[list[Event]]:
         """The reply's events as the engine answers, one batch a read; a ping after silence. Raises ApiError as long as
         nothing was yielded, and _ClientLeft."""
-        stream, begun, ended = EventStream(), False, False
+        stream, begun, ended = EventStream(), reply.begun, False
         heard = said = time.monotonic()
         while not ended:
             patience = PING_SECONDS if begun else FIRST_WORD_SECONDS
@@ -4269,6 +4450,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 raise _ClientLeft
             if what == "data":
                 heard = time.monotonic()
+                if self.server.share:
+                    self.server.share.hear()
                 try:
                     events, ended = self._read_events(upstream, reply, stream)
                 except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
@@ -4277,7 +4460,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
             elif reply.reason:  # it is whole, though the engine neither says so nor leaves
                 events, ended = reply.finish(done=True), True
             elif time.monotonic() - heard > self.server.target.stall:
-                self.server.restart(self.server.target.stall)
+                if self.server.share:
+                    self.server.share.restart(self.server.target.stall)
                 silent = f'the engine was silent for {self.server.target.stall:.0f} s ("stallTimeout")'
                 events, ended = reply.fail(ApiError(500 if begun else 529, silent)), True
             if not events and time.monotonic() - said >= patience:
@@ -4354,8 +4538,7 @@ class Proxy(ThreadingHTTPServer):
         share: EngineShare | None = None,
     ) -> None:
         self.target, self.token = target, secrets.token_urlsafe(32)
-        self.trouble: Callable[[], str] = share.trouble if share else str
-        self.restart: Callable[[float], object] = share.restart if share else bool
+        self.share = share
         self._memory, self._learning = memory, threading.Lock()
         known: Json = {}
         with contextlib.suppress(AnyclaudeError):
@@ -4573,7 +4756,7 @@ def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Pa
     env = {**as_object(named.get("env")), **ours}
     path = state_path("run", f"claude-{os.getpid()}.json")
     for older in path.parent.glob("claude-[0-9]*.json"):  # of a session that was killed
-        if not birth(int(older.stem.partition("-")[2])):
+        if not birth(int(re.sub(r"\D.*", "", older.stem.partition("-")[2]))):
             older.unlink(missing_ok=True)
     write_json(path, {**named, "env": env})
     try:
@@ -4673,7 +4856,7 @@ class Plan:
 
     def command(self, settings: Settings, port: int) -> list[str]:
         """The engine's command line."""
-        model = shadowed(self.model)
+        model = dataclasses.replace(self.model, path=shadow_folder(self.model))
         return command_line(
             self.engine, model, port, settings.isq, settings.extra_args, self.fit, self.machine.accelerator
         )
@@ -4717,7 +4900,14 @@ def make_plan(settings: Settings, model: Model, engine: Engine) -> Plan:
             "on a Mac.",
             ORIGINAL,
         )
-    return Plan(model, engine, machine, fit(model, machine, settings.isq, settings.context_window))
+    # on a processor these engines compute with 32 bits: mistralrs-core/src/utils/normal.rs at v0.9.2
+    widened = 2 if not machine.accelerator and engine.version >= (0, 9, 0) else 1
+    for name in model.files:
+        if engine.generation.joint in name or name.startswith("-"):
+            raise AnyclaudeError(
+                f"{engine.generation.program} cannot be given the file name {name!r}.", "Rename the file."
+            )
+    return Plan(model, engine, machine, fit(model, machine, settings.isq, settings.context_window, widened))
 
 
 @contextlib.contextmanager
@@ -4735,23 +4925,31 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[t
     elif settings.server_script:
         port = settings.port or free_port()
         with contextlib.closing(start_server_script(settings, port)) as share:
-            window = settings.context_window or look_at_model(settings).context
+            window = settings.context_window
+            with contextlib.suppress(AnyclaudeError):  # it may load what mistral.rs does not
+                window = window or look_at_model(settings).context
             url = f"http://{LOOPBACK}:{port}/v1"
             yield remote_target(target, settings, url, settings.model, window), share
     else:
         model = look_at_model(settings)
         plan = make_plan(settings, model, find_engine(settings, environ))
-        version = plan.engine.version
-        can = {name: version >= since for name, since in SINCE.items()}
-        # the parser of gpt-oss is part of how it is decoded
-        family = "engine" if model.dialect.calls == "harmony" else "text"
         with contextlib.closing(start_engine(plan, settings)) as share:
+            if not model.on_disk:  # it was downloaded meanwhile
+                model = look_at_model(settings)
+                plan = make_plan(settings, model, plan.engine)
+            version, window = plan.engine.version, plan.fit.window
+            if share.joined:  # one that another session started, as that session wanted it
+                version = tuple(share.state.get("version") or version)
+                window = settings.context_window or share.state.get("window") or window
+            can = {name: version >= since for name, since in SINCE.items()}
+            # the parser of gpt-oss is part of how it is decoded
+            family = "engine" if model.dialect.calls == "harmony" else "text"
             yield (
                 dataclasses.replace(
                     target,
                     url=f"http://{LOOPBACK}:{share.port}/v1",
                     name=client_name(model.name),
-                    window=plan.fit.window,
+                    window=window,
                     own_tools=(settings.tool_calls or family) == "text",
                     forces_calls=can["forced calls"],
                     counts=can["counts tokens"],
@@ -4779,6 +4977,13 @@ def remote_target(target: Target, settings: Settings, url: str, model: str, wind
     )
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A key is for the server that the user named, and for no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 WINDOW_NAMES = ("max_model_len", "context_length", "max_context_length", "context_window")  # vLLM, routers, LM Studio
 
 
@@ -4787,7 +4992,8 @@ def check_remote(settings: Settings) -> tuple[str, int]:
     refuses the key, or does not have the model. A server that has no list is taken as it is."""
     url, found = f"{settings.base_url}/models", list[Json]()
     headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-    opener = DIRECTLY if is_loopback(url) else urllib.request.build_opener()
+    direct = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
+    opener = urllib.request.build_opener(_NoRedirects, *direct)
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
             found = [as_object(one) for one in as_list(as_object(json.loads(reply.read(4 << 20))).get("data"))]
@@ -4799,12 +5005,16 @@ def check_remote(settings: Settings) -> tuple[str, int]:
         if error.code == 404 and is_loopback(url) and answers(f"{settings.base_url}/v1/models"):
             message = f"{settings.base_url} has no list of models, but {settings.base_url}/v1 has."
             raise AnyclaudeError(message, f"--base-url {settings.base_url}/v1") from None
+        if error.code not in (400, 404, 405, 501):  # those have no such list
+            where = f" to {error.headers['Location']}" if error.headers.get("Location") else ""
+            message = f"{settings.base_url} answers with HTTP {error.code}{where[:200]}, and not with its models."
+            raise AnyclaudeError(message, "Look at that server, or correct baseUrl (or --base-url).") from None
     except (OSError, http.client.HTTPException) as error:
         message = f"no server answers at {settings.base_url}: {getattr(error, 'reason', error)}."
         raise AnyclaudeError(message, "Start that server, or correct baseUrl (or --base-url).") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
-    names = [str(one["id"]) for one in found if one.get("id")]
+    names = [str(one["id"])[:200] for one in found if one.get("id")]
     model = names[0] if settings.model == "default" and len(names) == 1 else settings.model
     if names and model not in names:
         listed = ", ".join(names[:9]) + (f" and {len(names) - 9} more" if len(names) > 9 else "")
@@ -4822,8 +5032,16 @@ def start_server_script(settings: Settings, port: int) -> EngineShare:
     say(
         '"serverScript" is deprecated: mistral.rs serves the model with tool calls that work. To change: remove that key.'
     )
+    model = Model(settings.model_path, Path(settings.model_path).name)
+    command = server_command(settings, port)
+    share = EngineShare(port, command, model, engine=Path(settings.server_script).name, keep_alive=settings.keep_alive)
+    return start_share(share, settings, model)
+
+
+def server_command(settings: Settings, port: int) -> list[str]:
+    """The argument list of the deprecated server."""
     if not settings.model_path:
-        look_at_model(settings)
+        look_at_model(settings)  # says so
     script, venv = Path(settings.server_script), settings.python_venv
     python = Path(venv) / "bin" / "python3" if venv else Path(sys.executable)
     for path, name in ((script, "serverScript"), (python, "pythonVenv")):
@@ -4832,16 +5050,16 @@ def start_server_script(settings: Settings, port: int) -> EngineShare:
                 f"{name}: {path} does not exist.", f'Correct "{name}" in ~/{SETTINGS_FILE}, or remove it.'
             )
     command = [str(python), "-u", str(script), "--model", settings.model_path, "--port", str(port)]
-    command += ["--host", LOOPBACK] if lists(output_of(str(python), str(script), "--help"), "--host") else []
-    model = Model(settings.model_path, Path(settings.model_path).name)
-    return start_share(EngineShare(port, command, model, script.name, settings.keep_alive), settings, model)
+    return command + (["--host", LOOPBACK] if lists(output_of(str(python), str(script), "--help"), "--host") else [])
 
 
 def start_engine(plan: Plan, settings: Settings) -> EngineShare:
     """Start the engine or join the one that runs, and wait until it serves."""
     port = settings.port or free_port()
     command = plan.command(settings, port)
-    share = EngineShare(port, command, plan.model, str(plan.engine), settings.keep_alive)
+    make_shadow(plan.model)
+    told = {"keep_alive": settings.keep_alive, "start_timeout": settings.start_timeout, "window": plan.fit.window}
+    share = EngineShare(port, command, plan.model, **told, engine=str(plan.engine), version=plan.engine.version)
     laid = plan.fit
     if laid.token and laid.weights + 2 * laid.window * laid.token > plan.machine.memory:
         say(f"warning: a window of {laid.window} tokens may take more memory than there is, once it is full")
@@ -4854,7 +5072,7 @@ def start_engine(plan: Plan, settings: Settings) -> EngineShare:
 def start_share(share: EngineShare, settings: Settings, model: Model, details: str = "") -> EngineShare:
     """Tell of an engine that was started or joined, and wait until it serves."""
     try:
-        words = share.engine
+        words = share.state.get("engine")
         say(f"joining the mistral.rs that runs: {words}" if share.joined else f"starting mistral.rs: {words}")
         say(f"model: {model.place}" + (f" ({details})" if details else ""))
         say(f"port: {share.port}\nwaiting until it serves (log: {share.log})")
@@ -4889,7 +5107,7 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             say(f"the window of {window} tokens is small: Claude Code's own prompt takes {full} of them.{more}")
         elif not settings.prompt and prompt == "lean":
             say(f"window of {window} tokens: fewer tools, a shorter prompt (--prompt full: all of them)")
-        session = Session(proxy.url, proxy.token, target.name, window, min(settings.max_tokens, window // 4))
+        session = Session(proxy.url, proxy.token, target.name, window, max(256, min(settings.max_tokens, window // 4)))
         environment = claude_environment(environ, session)
         if claude is None:
             by_hand = {name: environment[name] for name in ("ANTHROPIC_MODEL", *DEFAULT_VARIABLES)}
@@ -4953,7 +5171,7 @@ def engine_status(files: _Files) -> Json:
         "port": files.port,
         "pid": pid,
         "state": ready if files.engine_runs() else "without a parent",
-        "uptime": round(time.time() - float(state.get("started") or time.time())),
+        "uptime": round(time.time() - (started if type(started := state.get("started")) is float else time.time())),
         "crashes": state.get("crashes", 0),
         "memory": sum(int(size) << 10 for group, size in memory if int(group) == pid and pid),
         "sessions": files.cards(),
@@ -5011,12 +5229,17 @@ def stop(settings: Settings, options: Sequence[str]) -> int:
         )
         raise AnyclaudeError(f"sessions are open:{listed}", "Close them, or: anyclaude stop --force")
     for files in found:
-        stop_engine(files)
-        say(
-            f"stopped the engine on port {files.port}"
-            if not files.engine_runs()
-            else f"port {files.port}: it does not stop"
-        )
+        starting = lock(files.starting, fcntl.LOCK_EX)  # no session begins meanwhile
+        if "--force" in options or not files.cards():
+            stop_engine(files)
+        os.close(starting)
+        if files.engine_runs():
+            parent = files.read_state().get("parent")
+            raise AnyclaudeError(
+                f"the engine on port {files.port} does not stop.",
+                f"kill -9 {parent}   (its parent), and again: anyclaude stop",
+            )
+        say(f"stopped the engine on port {files.port}")
     if not found:
         say("no engine runs")
     return 0
@@ -5055,9 +5278,9 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
     def examine(name: str, look: Callable[[], Any], words: Callable[[Any], str]) -> Any:
         try:
             found = look()
-        except (AnyclaudeError, OSError) as error:
-            fix = error.fix if isinstance(error, AnyclaudeError) else "Check that file or folder."
-            checks.append(Check(name, "failure", getattr(error, "message", str(error)), fix))
+        except Exception as error:  # noqa: BLE001  the other checks are still wanted
+            problem = error if isinstance(error, AnyclaudeError) else unexpected(error)
+            checks.append(Check(name, "failure", problem.message, problem.fix))
             return None
         checks.append(Check(name, "ok", words(found)))
         return found
@@ -5076,6 +5299,9 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
             lambda found: f"{settings.base_url}, model {found[0]}, window {found[1] or 'unknown'}",
         )
         return checks, f"the server at {settings.base_url}"
+    if settings.server_script:
+        script = examine("server", lambda: server_command(settings, settings.port or 8081), shlex.join)
+        return checks, shlex.join(script or [])
     model = examine("model", lambda: look_at_model(settings), describe_model)
     for message, fix in model.flaws if model else ():
         checks.append(Check("model", "failure", message, fix))
@@ -5101,7 +5327,17 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
             )
     files = _Files(settings.port)
     if settings.port and files.engine_runs():
-        checks.append(Check("port", "ok", f"{settings.port}: an engine of yours runs there, which a new session joins"))
+        runs, mine = files.read_state().get("model"), model.place if model else ""
+        state = "failure" if runs != mine and files.cards() else "ok"
+        words = (
+            "which a new session joins"
+            if runs == mine
+            else "used by other sessions"
+            if files.cards()
+            else "which nobody uses"
+        )
+        fix = f"Close them, or: --engine-port {other_port(settings.port)}" if state == "failure" else ""
+        checks.append(Check("port", state, f"{settings.port}: an engine of yours runs there with {runs}, {words}", fix))
     elif settings.port and not port_is_free(settings.port):
         error = port_taken("", settings.port, "--engine-port")
         checks.append(Check("port", "failure", error.message, error.fix))
@@ -5171,13 +5407,21 @@ def doctor(settings: Settings, options: Sequence[str]) -> int:
 
 def build_command(settings: Settings, options: Sequence[str]) -> int:
     """`anyclaude build [--tag TAG]`: build mistral.rs."""
-    program = build(settings, os.environ, option_value(options, "--tag"))
+    tag = option_value(options, "--tag")
+    if options and not tag:
+        raise AnyclaudeError("--tag needs a value.", f"anyclaude build --tag {TESTED_TAG}")
+    program = build(settings, os.environ, tag)
     engine = probe_engine(program)
     if engine is None:
         raise AnyclaudeError(
             f"{program} was built, and does not run.", f"Read the log: less {state_path('logs', 'build.log')}"
         )
     say(f"ready: {engine}")
+    used = find_engine(settings, os.environ, offer=False)
+    if not used.program.samefile(program):
+        say(
+            f'but {used} is found before it. To use the new one: "binary": "{program}" in the backend in ~/{SETTINGS_FILE}'
+        )
     return 0
 
 
@@ -5222,6 +5466,17 @@ def exit_on_signals() -> None:
         signal.signal(signal.SIGHUP, leave)
 
 
+def unexpected(error: Exception) -> AnyclaudeError:
+    """An error that nobody has put into words."""
+    if isinstance(error, OSError):
+        return AnyclaudeError(f"the system refused: {error}.", "Check that file or folder.")
+    with contextlib.suppress(OSError, AnyclaudeError):
+        path = state_path("logs", "crash.log")
+        os.write(rotated_log(path), traceback.format_exc().encode("utf-8", "replace"))
+        return AnyclaudeError(f"anyclaude made a mistake: {error!r}.", f"Please report it, with {path}")
+    return AnyclaudeError(f"anyclaude made a mistake: {error!r}.", "Please report it.")
+
+
 def as_called(fix: str) -> str:
     """A fix whose commands begin as this one was called: not everybody has `anyclaude` on the PATH."""
     program = sys.argv[0] if sys.argv[0].endswith(".py") else ""
@@ -5238,6 +5493,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.dup(number), "w" if number else "r"))
+        if number and hasattr(getattr(sys, name), "reconfigure"):  # what it cannot print is written out
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -5256,18 +5513,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise AnyclaudeError(
                 "your home folder is not known: HOME is unset or relative.", "export HOME=/path/to/home"
             )
+        command = rest[0] if rest and rest[0] in COMMANDS and arguments[-len(rest) - 1 : -len(rest)] != ["--"] else ""
+        if command in ("status", "stop", "logs"):  # these need no settings, and work with broken ones
+            return COMMANDS[command][0](Settings(), command_options(command, rest[1:]))
         settings, warnings = load_settings(own, os.environ, Path.cwd(), Path.home())
         for warning in warnings:
             say(f"warning: {warning}")
-        if rest[:1] and rest[0] in COMMANDS and arguments[-len(rest) - 1 : -len(rest)] != ["--"]:
-            return COMMANDS[rest[0]][0](settings, command_options(rest[0], rest[1:]))
+        if command:
+            return COMMANDS[command][0](settings, command_options(command, rest[1:]))
         return run(settings, rest, os.environ)
-    except (AnyclaudeError, OSError) as error:
-        problem = (
-            error
-            if isinstance(error, AnyclaudeError)
-            else AnyclaudeError(f"the system refused: {error}.", "Check that file or folder.")
-        )
+    except BrokenPipeError:  # `| head` has seen enough
+        return 0
+    except Exception as error:  # noqa: BLE001  a person gets words, never a traceback
+        problem = error if isinstance(error, AnyclaudeError) else unexpected(error)
         say(f"error: {problem.message}")
         say("fix: " + as_called(problem.fix).replace("\n", "\n     "))
         return 1
@@ -5277,4 +5535,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.exit(code)
+    os._exit(code)  # the reader of stdout is gone; not even the interpreter need say so

@@ -1,5 +1,5 @@
 """A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "oom" (as the kernel ends it),
-"hang" (while loading), "slow" (to load), "fatal" (dies of its first request), "stubborn" (ignores TERM), "family" (has a child of its own). One that serves dies
+"hang" (while loading), "slow" (to load), "fatal" (dies of its first request), "slow again" and "hang again" (the second time, and not the first), "stubborn" (ignores TERM), "family" (has a child of its own). One that serves dies
 when it is asked for /die, and answers no chat any more after /deaf. Its words are those of mistralrs 0.8.1."""
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def main() -> None:
         return print("mistralrs 0.8.1")
     if "--help" in arguments:
         return print((HELP / f"mistralrs-0.8.1-{arguments[-2]}.txt").read_text())
-    behaviour = os.environ.get("STAND_IN", "serve")
+    behaviour, _, again = os.environ.get("STAND_IN", "serve").partition(" ")
+    if again and not Path("started").exists():  # in the home folder, where engines are started
+        Path("started").touch()
+        behaviour = "serve"
     assert os.environ["NO_COLOR"] == "1"
     print("\x1b[2m2026-01-01T00:00:00Z\x1b[0m INFO mistralrs_core: Loading model", flush=True)
     if behaviour == "crash":
@@ -65,7 +68,7 @@ def main() -> None:
     if behaviour == "oom":
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "slow":
-        time.sleep(2)
+        time.sleep(2 if not again else 4)
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if behaviour == "family":

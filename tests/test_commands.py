@@ -42,7 +42,7 @@ def test_status_tells_of_the_engine_and_its_sessions(box: Sandbox) -> None:
     ready(first), ready(second)
     wait_for(lambda: box.engine_states()[0]["ready"])
     text = box.run("status").stdout
-    for part in ("mistralrs 0.8.1", "Tiny", "ready", "uptime", f"pid {first.pid} in {box.work}", "GB"):
+    for part in ("mistralrs 0.8.1", "Tiny", "ready", "uptime", f"pid {first.pid} in {box.work}", " MB"):
         assert part in text, text
     (one,) = json.loads(box.run("status", "--json").stdout)["engines"]
     assert one["state"] == "ready" and {card["pid"] for card in one["sessions"]} == {first.pid, second.pid}
@@ -110,7 +110,7 @@ def test_logs_shows_the_engines_log_and_follows_it(box: Sandbox) -> None:
 
 def test_an_option_that_a_command_does_not_have_is_an_error_with_a_way_to_claude(box: Sandbox) -> None:
     done = box.run("status", "--jsn")
-    assert done.returncode == 1 and "no --jsn" in done.stderr and "anyclaude -- status" in done.stderr
+    assert done.returncode == 1 and "no --jsn" in done.stderr and "anyclaude.py -- status" in done.stderr
     assert "needs a value" in box.run("build", "--tag").stderr
 
 
@@ -156,6 +156,53 @@ def test_doctor_finds_each_failure_with_its_fix_and_fails(box: Sandbox, tmp_path
     (box.bin / "mistralrs").unlink()
     found = failures()
     assert "anyclaude build" in found["engine"]["fix"]
+
+
+@pytest.mark.slow
+def test_doctor_tells_of_another_model_on_the_port(box: Sandbox, tmp_path: Path, tiny_model: Path) -> None:
+    process = box.start("--proxy-only")
+    ready(process)
+    assert "which a new session joins" in box.run("doctor").stdout
+    other = shutil.copytree(tiny_model, tmp_path / "Other")
+    done = box.run("--model-path", str(other), "doctor")
+    assert done.returncode == 1 and "used by other sessions" in done.stdout
+    end(process)
+
+
+def test_doctor_knows_the_deprecated_server(box: Sandbox, tiny_model: Path) -> None:
+    (box.bin / "mistralrs").unlink()
+    (box.home / "server.py").write_text("import argparse; argparse.ArgumentParser().parse_args()")
+    backend = {"modelPath": str(tiny_model), "serverScript": "~/server.py"}
+    box.settings({"backends": {"mlx": backend}})
+    done = box.run("doctor")
+    assert done.returncode == 0 and f"would run: {sys.executable} -u {box.home}/server.py --model" in done.stdout
+    box.settings({"backends": {"mlx": {**backend, "serverScript": "~/none.py"}}})
+    assert box.run("doctor").returncode == 1
+
+
+def test_the_commands_about_an_engine_work_with_broken_settings_and_a_reader_that_leaves(box: Sandbox) -> None:
+    box.settings("{broken")
+    assert box.run("status").stdout == "no engine runs\n" and box.run("stop").returncode == 0
+    line = f"{sys.executable} {anyclaude.__file__} doctor | true"
+    done = subprocess.run(
+        ["bash", "-c", line], check=False, cwd=box.work, env=box.env, capture_output=True, text=True, timeout=60
+    )
+    assert "Broken" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_nobody_foresaw_is_told_in_words_and_kept(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("nobody")
+
+    monkeypatch.setenv("HOME", str(box.home))
+    monkeypatch.setattr(anyclaude, "load_settings", fail)
+    monkeypatch.setattr(anyclaude, "exit_on_signals", lambda: None)
+    assert anyclaude.main(["-p", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "anyclaude made a mistake: KeyError('nobody')" in err and "Traceback" not in err
+    assert "KeyError" in (box.home / ".anyclaude" / "logs" / "crash.log").read_text()
 
 
 def test_doctor_looks_at_a_remote_server(sandbox: Sandbox) -> None:
@@ -305,6 +352,41 @@ def test_ctrl_c_ends_a_build_and_says_how_to_go_on(builder: Sandbox) -> None:
     _, err = process.communicate(timeout=20)
     assert process.returncode == 1 and "what is compiled stays" in err and "the same command" in err
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.slow
+def test_what_a_build_started_ends_with_it(builder: Sandbox) -> None:
+    fake(builder, "cargo", 'sleep 600 & echo $! > "$HOME/child"; wait')
+    process = builder.start("build")
+    wait_for(lambda: (builder.home / "child").exists() and (builder.home / "child").read_text().strip())
+    child = int((builder.home / "child").read_text())
+    end(process)
+    wait_for(lambda: gone(child))
+    fake(builder, "cargo", 'sleep 600 & echo $! > "$HOME/child"; exit 7')  # and one that it leaves is not waited for
+    assert "cargo failed (exit status 7)" in builder.run("build", timeout=20).stderr
+    os.kill(int((builder.home / "child").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_control_d_is_no_agreement(builder: Sandbox, tiny_model: Path) -> None:
+    fake(builder, "cargo", 'touch "$HOME/called"')
+    fake(builder, "claude", "exit 0")
+    pid, terminal = pty.fork()
+    if pid == 0:  # pragma: no cover
+        os.chdir(builder.work)
+        words = [sys.executable, str(anyclaude.__file__), "--model-path", str(tiny_model)]
+        os.execve(sys.executable, words, builder.env)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 4096):
+            shown += data
+            if b"[Y/n]" in shown:
+                os.write(terminal, b"\x04")
+                shown = shown.replace(b"[Y/n]", b"")
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    assert b"Build it now?" in shown and b"mistral.rs was not found" in shown
+    assert not (builder.home / "called").exists()
 
 
 @pytest.mark.parametrize(

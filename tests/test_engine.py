@@ -128,7 +128,7 @@ def test_the_newest_generation_is_taken_from_the_first_place_that_has_it(
     path = {"PATH": f"{tmp_path}/path:/usr/bin:/bin"}
     with pytest.raises(AnyclaudeError, match="not found") as caught:
         find_engine(Settings(source_dir=source), path)
-    assert "cargo install" in caught.value.fix and "--demo" in caught.value.fix
+    assert "anyclaude build" in caught.value.fix and "--demo" in caught.value.fix
     places = ["home/.cargo/bin", "home/.mistralrs", "home/.local/bin", "source/target/release", "path"]
     for name in ("mistralrs-server", "mistralrs"):
         for place in places:
@@ -222,7 +222,7 @@ def test_proxy_only_prints_what_to_paste_and_ends_well_on_a_signal(box: Sandbox)
         assert gone(state["pid"]) and not box.engine_states() and port_is_free(int(str(state["port"])))
         for part in (
             "starting mistral.rs: mistralrs 0.8.1",
-            "(qwen3, Q4K, 0.0 GB of weights, window 131072 tokens)",
+            " MB of weights, window 131072 tokens)",
             "model: ",
             "port: ",
             "waiting",
@@ -311,6 +311,10 @@ def test_each_known_failure_of_the_engine_is_explained(tmp_path: Path, pattern: 
         "missing field": "missing field `max_window_layers` at line 12",
         "ISQ type": "Error: ISQ type Q99 unknown, choose one of Q4K",
         "unexpected argument": "error: unexpected argument '--colour' found",
+        "failed to fill": "Error: failed to fill whole buffer",
+        "Unknown GGUF": "Error: Unknown GGUF architecture `mamba`",
+        "ns [Ff]ailed": "Error: Dns Failed: resolve dns name 'huggingface.co:443'",
+        "HTTP 40": "Could not access `x` on Hugging Face (HTTP 401)",
     }
     log = tmp_path / "log"
     log.write_text(next(text for part, text in said.items() if part in pattern) + "\n   0: anyhow::error\n  at /x.rs\n")

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import make_tiny_mlx_model, make_tiny_model
+from tiny_model import make_tiny_gguf, make_tiny_mlx_model, make_tiny_model
 
-from anyclaude import ARCHITECTURES, AnyclaudeError, cache_numbers, inspect_model, read_model, read_template
+from anyclaude import (
+    ARCHITECTURES,
+    AnyclaudeError,
+    cache_numbers,
+    inspect_gguf,
+    inspect_model,
+    read_model,
+    read_template,
+)
 
 QWEN3 = {"architectures": ["Qwen3MoeForCausalLM"], "max_position_embeddings": 262144}
 
@@ -230,6 +238,11 @@ def test_the_chat_template_is_found_where_models_keep_it(tmp_path: Path, files: 
             27 * 16 * (128 + 64 + 128),
         ),
         ({"text_config": {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}}, 2 * 2 * 2 * 8),
+        (
+            {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 34}},
+            5 * 2 * 4 * 256,
+        ),  # the class' defaults
+        ({"num_hidden_layers": 10**400, "num_attention_heads": 1, "head_dim": 1}, 0),
         ({}, 0),
         ({"num_hidden_layers": "many", "num_attention_heads": None}, 0),
     ],
@@ -281,6 +294,8 @@ def as_noise(path: Path) -> None:
     ("harm", "words"),
     [
         (Path.unlink, "there are none"),
+        (lambda path: path.rename(path.with_name("pytorch_model.bin")), "only pytorch_model.bin"),
+        (lambda path: path.rename(path.with_name("model-00001-of-00002.safetensors")), "1 of 2 files are missing"),
         (cut, "not whole"),
         (as_pointer, "git lfs pull"),
         (as_index, "1 of 2 files are missing, model-00002-of-00002.safetensors"),
@@ -325,6 +340,22 @@ def test_a_model_in_the_hugging_face_cache_is_used_offline(monkeypatch: pytest.M
     snapshot = hub(monkeypatch, tmp_path)
     model = read_model("org/Tiny")
     assert (model.path, model.name, model.on_disk, model.context) == (str(snapshot), "Tiny", True, 131072)
+
+
+def test_a_model_in_the_cache_that_no_download_mends_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    snapshot = hub(monkeypatch, tmp_path)
+    for name, content, words in (
+        ("config.json", '{"architectures": ["OlmoeForCausalLM"]}', "does not load"),
+        ("tokenizer_config.json", "{}", "no chat template"),
+    ):
+        whole = (snapshot / name).readlink()
+        (snapshot / name).unlink()
+        (snapshot / name).write_text(content)
+        with pytest.raises(AnyclaudeError, match=words):
+            model = read_model("org/Tiny")
+            raise AnyclaudeError(*model.flaws[0])
+        (snapshot / name).unlink()
+        (snapshot / name).symlink_to(whole)
 
 
 def test_a_model_half_in_the_cache_is_left_to_the_engine_to_complete(
@@ -384,6 +415,26 @@ def test_a_gguf_file_is_read(tmp_path: Path) -> None:
     assert read_model(str(tmp_path)) == model  # the only one in its folder
 
 
+def test_a_truncated_gguf_file_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = make_tiny_gguf(tmp_path / "tiny.gguf")
+    model = read_model(str(path))
+    assert model.dialect.calls == "" and model.context == 131072 and model.cache == 2 * 64
+    size = path.stat().st_size
+    for cut_off in (1, 1000, size // 2):
+        path.write_bytes(path.read_bytes()[: size - cut_off])
+        with pytest.raises(AnyclaudeError, match="it is not whole"):
+            read_model(str(path))
+
+
+def test_what_a_token_takes_in_the_cache_is_known_of_gguf_files_too() -> None:
+    layers = {"qwen3moe.attention.head_count_kv": [0, 0, 0, 8] * 10, "qwen3moe.block_count": 40}
+    model = inspect_gguf("/m/x.gguf", {**GGUF, **layers})
+    assert model.cache == 10 * 2 * 8 * 128  # the others have no attention that looks back
+    gemma = {key.replace("qwen3moe", "gemma3"): value for key, value in GGUF.items()}
+    assert inspect_gguf("/m/x.gguf", {**gemma, "general.architecture": "gemma3"}).cache == 8 * 2 * 4 * 128
+
+
 def test_a_gguf_in_parts_is_one_model_and_a_missing_part_is_found(tmp_path: Path) -> None:
     for part in (1, 2):
         (tmp_path / f"m-0000{part}-of-00003.gguf").write_bytes(gguf_bytes(GGUF))
@@ -439,7 +490,13 @@ def test_a_model_quantised_for_mlx_is_known_and_its_config_is_not_touched(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "more", [{"model.layers.0.mlp.gate": {"bits": 8, "group_size": 64}}, {"lm_head": False}, {"mode": "mxfp4"}]
+    "more",
+    [
+        {"model.layers.0.mlp.gate": {"bits": 8, "group_size": 64}},
+        {"lm_head": False},
+        {"mode": "mxfp4"},
+        {"x": {"bits": [4], "group_size": {}}},
+    ],
 )
 def test_mlx_widths_that_no_engine_reads_are_found(more: dict[str, object]) -> None:
     quantisation = {"bits": 4, "group_size": 64, "model.layers.0.mlp.up": {"bits": 4, "group_size": 64}}
