@@ -4382,13 +4382,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if missing:
             answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
             return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
-        estimate = estimate_tokens(payload)
-        reply.prompt = counter.corrected(estimate)
-        self._body = b""  # a reply may take long: what was only for the request goes
-        del request, translated, payload
-        self._answer(streamed, self._batches(data, reply))
-        if reply.counted:
-            self.server.learn(estimate, reply.prompt)
+        sent = [payload, data]  # taken from there as soon as it can go: a reply may take long
+        self._body = b""
+        del request, translated, payload, data
+        self._answer(streamed, self._batches(sent, reply))
 
     def _answer(self, streamed: bool, batches: Iterator[list[Event]]) -> None:
         """Send a reply's events, as a stream or collected."""
@@ -4402,13 +4399,13 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
         self.connection.sendall(b"0\r\n\r\n")
 
-    def _batches(self, data: bytes, reply: Reply) -> Iterator[list[Event]]:
-        """The reply's events, from when the engine serves. Raises as `_relay`."""
+    def _batches(self, sent: list[Any], reply: Reply) -> Iterator[list[Event]]:
+        """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: the payload as text and as bytes."""
         try:
             if self.server.share:
                 yield from self._held(self.server.share, reply)
             try:
-                upstream = _Upstream(self.server.target, data, self.connection)
+                upstream = _Upstream(self.server.target, sent.pop(), self.connection)
             except (OSError, http.client.HTTPException) as error:
                 trouble = (
                     self.server.share.trouble() if self.server.share else ""
@@ -4421,8 +4418,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
             yield reply.fail(error)
             return
         with contextlib.closing(upstream):
-            del data
+            estimate = estimate_tokens(sent.pop())  # while the engine works
+            reply.prompt = self.server.tokens.corrected(estimate)
             yield from self._relay(upstream, reply)
+        if reply.counted:
+            self.server.learn(estimate, reply.prompt)
 
     def _held(self, share: EngineShare, reply: Reply) -> Iterator[list[Event]]:
         """Pings, as long as the engine is being started again: loading may take longer than a client tries."""
