@@ -33,6 +33,7 @@ import hmac
 import http.client
 import itertools
 import json
+import math
 import operator
 import os
 import queue
@@ -1040,6 +1041,11 @@ def read_template(folder: Path) -> str:
         else:
             name = "chat_template.json" if (folder / "chat_template.json").exists() else "tokenizer_config.json"
             found = as_object(json.loads((folder / name).read_text(encoding="utf-8"))).get("chat_template")
+    return as_template(found)
+
+
+def as_template(found: Any) -> str:
+    """The chat template in a value of that name; of several, the one for tools."""
     named = {str(row.get("name")): row.get("template") for row in map(as_object, as_list(found))}
     found = named.get("tool_use", named.get("default", "")) if named else found
     return found if isinstance(found, str) else ""
@@ -1270,6 +1276,61 @@ def _read_gguf(path: Path, template: str) -> Model:
     return dataclasses.replace(model, files=tuple(names), weights=weights, flaws=tuple(flaws))
 
 
+def ask_hub(path: str) -> str:
+    """A small file of the Hugging Face hub; "" if it cannot be had. Source: the hub's API, /api/models/NAME?blobs=true,
+    and /NAME/resolve/main/FILE."""
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        with urllib.request.urlopen(f"{host}/{path}", timeout=5) as reply:
+            return str(reply.read(16 << 20).decode("utf-8", "replace"))
+    except (OSError, ValueError, http.client.HTTPException):
+        return ""
+
+
+def hub_files(name: str) -> dict[str, int]:
+    """The files of a model on Hugging Face, with their bytes; empty if the hub cannot be asked."""
+    with contextlib.suppress(ValueError, RecursionError):
+        listed = as_list(as_object(json.loads(ask_hub(f"api/models/{name}?blobs=true"))).get("siblings"))
+        sizes = ((str(one.get("rfilename")), one.get("size")) for one in map(as_object, listed))
+        return {file: size for file, size in sizes if type(size) is int and 0 <= size < 1 << 50}
+    return {}
+
+
+def hub_model(name: str, arch: str, template: str) -> Model:
+    """A model that the engine is going to download, as far as its small files tell. Raises AnyclaudeError for what no
+    download would make loadable."""
+    model = Model(name, Path(name).name, arch, on_disk=False, dialect=read_dialect(template))
+    files = hub_files(name)
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    if ggufs and "config.json" not in files:
+        fix = f"hf download {name} {ggufs[0]} --local-dir ~/models/{model.name}\nthen: anyclaude --model-path ~/models/{model.name}"
+        raise AnyclaudeError(f"{name} holds GGUF files, one of which is to be downloaded first.", fix)
+
+    def content(file: str) -> Json:
+        with contextlib.suppress(ValueError, RecursionError):
+            return as_object(json.loads(ask_hub(f"{name}/resolve/main/{file}"))) if file in files else {}
+        return {}
+
+    config = content("config.json")
+    if not config:  # no network, or not for everybody: the engine may know a token
+        return model
+    own = ask_hub(f"{name}/resolve/main/chat_template.jinja") if "chat_template.jinja" in files else ""
+    own = own or as_template(content("tokenizer_config.json").get("chat_template"))
+    total = sum(size for file, size in files.items() if re.search(r"model.*\.safetensors$", file))
+    kept = [config.get(key) for key in ("vocab_size", "hidden_size")]
+    embeddings = min(total, 2 * math.prod(one for one in kept if type(one) is int and 0 < one < 1 << 24))
+    rest = total - embeddings  # of which 16 bits a number is what nearly all are stored in
+    tensors = {"embed": (embeddings // 2, embeddings), "all_proj.weight": (rest // 2, rest)}
+    model = inspect_model(name, config, content("generation_config.json"), arch, template or own, tensors)
+    flaws = [*model.flaws, *([] if template or own else [(f"{name} has no chat template.", NO_TEMPLATE)])]
+    if model.mlx:
+        fix = (
+            f"hf download {name} --local-dir ~/models/{model.name}\nthen: anyclaude --model-path ~/models/{model.name}"
+        )
+        flaws.append((f"{name} is quantised for MLX, and has to be on the disk before it is loaded.", fix))
+    return dataclasses.replace(model, on_disk=False, arch=arch, flaws=tuple(flaws))
+
+
 class Download:
     """How far the engine is with downloading a model of Hugging Face's into the cache."""
 
@@ -1280,13 +1341,8 @@ class Download:
         threading.Thread(target=self._ask, args=(name,), daemon=True).start()
 
     def _ask(self, name: str) -> None:
-        """How much there is to download. Source: the hub's API, /api/models/{name}?blobs=true."""
-        host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            with urllib.request.urlopen(f"{host}/api/models/{name}?blobs=true", timeout=10) as reply:
-                files = map(as_object, as_list(as_object(json.loads(reply.read(16 << 20))).get("siblings")))
-            wanted = (one for one in files if str(one.get("rfilename")).endswith((".safetensors", ".json", ".jinja")))
-            self._total = sum(size for one in wanted if type(size := one.get("size")) is int)
+        wanted = (".safetensors", ".json", ".jinja")
+        self._total = sum(size for file, size in hub_files(name).items() if file.endswith(wanted))
 
     def progress(self) -> str:
         """In words, for a person, at most twice a second anew; "" before the first byte."""
@@ -1313,7 +1369,7 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
             model = read_model(str(snapshot), arch, template)
             if not any(INCOMPLETE in message for message, _ in model.flaws):  # used as it lies, without the network
                 return dataclasses.replace(model, name=folder.name)
-        return Model(path, folder.name, arch, on_disk=False, dialect=read_dialect(template))  # the engine downloads it
+        return hub_model(path, arch, template)
     if not folder.exists() or not (folder.is_dir() or folder.suffix.lower() == ".gguf"):
         what = "is neither a folder nor a .gguf file" if folder.exists() else "does not exist"
         raise AnyclaudeError(
@@ -2140,7 +2196,7 @@ def owns(pid: int, port: int) -> bool:
     """Whether an engine, or a process of its group, is who listens on `port`, as far as that can be known."""
     owner = port_owner(port)[0]
     with contextlib.suppress(ProcessLookupError):
-        return not owner or os.getpgid(owner) == pid
+        return not owner or not pid or os.getpgid(owner) == pid
     return True
 
 
@@ -2203,9 +2259,7 @@ def stop_orphan(files: _Files) -> None:
 
 
 class EngineShare:
-    """This session's share in an engine: made by starting or joining one, given back by `close`.
-
-    `engine`: what it is, in words; `keep_alive`: seconds that it stays when the last session is gone."""
+    """This session's share in an engine: made by starting or joining one, given back by `close`."""
 
     def __init__(self, port: int, command: list[str], model: Model, **told: Any) -> None:
         """`told`: what the state says of the engine, for `status` and for those that join: engine (in words), keep_alive
@@ -2285,23 +2339,23 @@ class EngineShare:
                 started, before = time.monotonic(), progress
             elapsed = time.monotonic() - started
             if not self._files.engine_runs():
-                raise self._failure(f"ended while it started ({ending(self._files.read_state().get('exit'))})")
+                raise self._failure(f"ended while it started ({ending(self.state.get('exit'))})")
             if elapsed > seconds:
                 raise self._failure(f'did not answer within {seconds:.0f} s ("startTimeout" in ~/.anyclauderc.json)')
             said = progress or f"{elapsed:.0f} s: {''.join(last_lines(self.log, 1))}"
             TERMINAL.waiting(f"waiting for mistral.rs {said}")
             time.sleep(0.1)
         TERMINAL.waiting("")
-        self._served = True
         if not owns(self._files.engine(), self.port):  # one that took the port while ours was loading
             raise port_taken("", self.port, "--engine-port")
+        self._served = True
         return next((line for line in reversed(last_lines(self.log, 20)) if READY_LINE.search(line)), "")
 
     def trouble(self) -> str:
         """Why there is no engine any more, and what to do; "" as long as there is one, or it is being restarted."""
         if self._files.engine_runs():
             return ""
-        state = self._files.read_state()
+        state = self.state
         if "exit" not in state or "model" not in state:
             return "mistral.rs was stopped from outside (anyclaude stop).\nTo go on: start anyclaude again, with --continue."
         why = state.get("reason") or ending(state["exit"])
@@ -2311,7 +2365,7 @@ class EngineShare:
 
     def history(self) -> str:
         """What a person should know of the engine at the end of a session; "" if all was well."""
-        crashes = self._files.read_state().get("crashes")
+        crashes = self.state.get("crashes")
         return f"mistral.rs ended {times(crashes)} and is started again. Its log: {self.log}" if crashes else ""
 
     def tell_of_crashes(self) -> None:
@@ -4812,7 +4866,7 @@ anyclaude {__version__}: Claude Code on your own model
 
   anyclaude [options] [anything for claude]
 
-  --model-path PATH        the model: a folder, or a Hugging Face id
+  --model-path PATH        the model: a folder, a .gguf file, or a name on Hugging Face
   --arch NAME              its architecture, where config.json does not tell
   --isq NAME               quantise while loading (Q4K; none: not at all)
   --context-window TOKENS  use less than the model has

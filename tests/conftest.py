@@ -31,6 +31,14 @@ def _as_a_background_job() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+NO_HUB = "http://127.0.0.1:9"  # nobody listens there: no test asks the real hub
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NO_HUB)
+
+
 class Sandbox:
     """A home and a working directory of their own, and the processes started in them."""
 
@@ -43,7 +51,8 @@ class Sandbox:
             for name in ("LANG", "TMPDIR", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
             if name in os.environ
         }
-        self.env = {**kept, "HOME": str(self.home), "PATH": f"{self.bin}:/usr/local/bin:/usr/bin:/bin"}
+        path = f"{self.bin}:/usr/local/bin:/usr/bin:/bin"
+        self.env = {**kept, "HOME": str(self.home), "PATH": path, "HF_ENDPOINT": NO_HUB}
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:

@@ -490,12 +490,22 @@ def test_starts_at_the_same_moment_give_one_engine(box: Sandbox) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
+    """What Hugging Face would say of org/Big, and of org/Other (whose files are in `other`)."""
+
+    config: Any = None
+    other: Any = None
+
     def do_GET(self) -> None:
-        files = [{"rfilename": "model.safetensors", "size": 3 << 30}, {"rfilename": "x.gguf", "size": 9 << 30}]
-        body = json.dumps({"siblings": files}).encode() if self.path.startswith("/api/models/org/Big") else b"{}"
+        files = {"model.safetensors": 3 << 30, "x.gguf": 9 << 30, "config.json": 1, "tokenizer_config.json": 1}
+        listed = self.other if self.path.startswith("/api/models/org/Other") else files
+        body = json.dumps({"siblings": [{"rfilename": name, "size": size} for name, size in listed.items()]})
+        if self.path.endswith("/resolve/main/config.json"):
+            body = json.dumps(self.config)
+        elif self.path.endswith("/resolve/main/tokenizer_config.json"):
+            body = json.dumps({"chat_template": "{{ tools }}<tool_call>{{ message.tool_calls }}"})
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body.encode())
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -523,6 +533,43 @@ def test_a_download_is_shown_in_bytes_of_all_and_its_rate(monkeypatch: pytest.Mo
         file.truncate(1 << 30)
     download._told -= 1
     assert re.fullmatch(r"download 1\.0 GB of 3\.0 GB, \d+\.\d MB/s", download.progress())
+
+
+def test_a_model_on_the_hub_is_looked_at_before_it_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "max_position_embeddings": 40960,
+        "vocab_size": 150_000,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    }
+    with serving(Hub) as url:
+        for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_ENDPOINT", url), ("no_proxy", "127.0.0.1")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(Hub, "config", config)
+        model = anyclaude.read_model("org/Big")
+        assert (model.path, model.on_disk, model.arch, model.context) == ("org/Big", False, "", 40960)
+        assert (model.weights, model.cache, model.dialect.calls) == (3 << 30, 48 * 2 * 4 * 128, "hermes")
+        assert 0.28 < model.size("Q4K") / model.weights < 0.45 and not model.flaws
+        with pytest.raises(AnyclaudeError, match="does not fit"):
+            fit(model, Machine("", GB, ""), "Q4K")
+        monkeypatch.setattr(Hub, "config", {**config, "architectures": ["OlmoeForCausalLM"]})
+        with pytest.raises(AnyclaudeError, match="does not load"):
+            anyclaude.read_model("org/Big")
+        monkeypatch.setattr(Hub, "config", {**config, "quantization": {"bits": 4, "group_size": 64}})
+        assert "hf download org/Big" in anyclaude.read_model("org/Big").flaws[0][1]
+        monkeypatch.setattr(Hub, "other", {"a.gguf": 5, "README.md": 1})
+        with pytest.raises(AnyclaudeError, match="holds GGUF files") as caught:
+            anyclaude.read_model("org/Other")
+        assert "hf download org/Other a.gguf" in caught.value.fix
+        for nonsense in (None, [], "x"):
+            monkeypatch.setattr(Hub, "config", nonsense)
+            assert anyclaude.read_model("org/Big").weights == 0  # left to the engine
 
 
 # --- Remote servers ---
