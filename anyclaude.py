@@ -4866,7 +4866,7 @@ anyclaude {__version__}: Claude Code on your own model
 
   anyclaude [options] [anything for claude]
 
-  --model-path PATH        the model: a folder, a .gguf file, or a name on Hugging Face
+  --model-path PATH        the model: a folder, a .gguf, a Hugging Face name
   --arch NAME              its architecture, where config.json does not tell
   --isq NAME               quantise while loading (Q4K; none: not at all)
   --context-window TOKENS  use less than the model has
