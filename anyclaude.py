@@ -183,16 +183,29 @@ def rotated_log(path: Path, keep: int = 3) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
+def unexpected(error: Exception) -> AnyclaudeError:
+    """An error that nobody has put into words."""
+    if isinstance(error, OSError):
+        return AnyclaudeError(f"the system refused: {error}.", "Check that file or folder.")
+    with contextlib.suppress(OSError, AnyclaudeError):
+        path = state_path("logs", "crash.log")
+        os.write(rotated_log(path), traceback.format_exc().encode("utf-8", "replace"))
+        return AnyclaudeError(f"anyclaude made a mistake: {error!r}.", f"Please report it, with {path}")
+    return AnyclaudeError(f"anyclaude made a mistake: {error!r}.", "Please report it.")
+
+
 _LOG_PREFIX = re.compile(r"\S+Z +(INFO|(?=WARN|ERROR))( [\w:]+: )?")  # time, level and module of a tracing line
 
 
 def last_lines(path: Path, count: int) -> list[str]:
     """The last `count` lines of a log that hold anything, made plain and without time and module."""
     try:
+        if not path.is_file():
+            return []
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
             text = file.read().decode("utf-8", "replace")
-    except OSError:
+    except (OSError, ValueError):
         return []
     lines = (_LOG_PREFIX.sub("", plain(line)) for line in re.split(r"[\r\n]+", text))
     return [line for line in lines if line.strip()][-count:]
@@ -973,7 +986,8 @@ def inspect_model(
     seers = {name for name, (value, _) in ARCHITECTURES.items() if not value and name != "Gemma3ForCausalLM"}
     configs = (config, as_object(config.get("text_config")))
     lengths = [part.get("max_position_embeddings") for part in configs]
-    sampling = {key: generation[key] for key in SAMPLING if type(generation.get(key)) in (int, float)}
+    numbers = {key: value for key in SAMPLING if isinstance(value := generation.get(key), (int, float))}
+    sampling = {key: value for key, value in numbers.items() if not isinstance(value, bool) and 0 <= value < 1e6}
     linear = [size for key, size in tensors.items() if _LINEAR.search(key)]
     mlx, flaws = _mlx(path, config, tensors)
     return Model(
@@ -1035,12 +1049,13 @@ def _architecture(path: str, classes: Any) -> tuple[str, Version]:
 def read_template(folder: Path) -> str:
     """The chat template of a model's folder; of several, the one for tools. "" if there is none."""
     found: Any = ""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, StopIteration):
         if (folder / "chat_template.jinja").is_file():
             found = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         else:
-            name = "chat_template.json" if (folder / "chat_template.json").exists() else "tokenizer_config.json"
-            found = as_object(json.loads((folder / name).read_text(encoding="utf-8"))).get("chat_template")
+            names = ("chat_template.json", "tokenizer_config.json")
+            path = next(folder / name for name in names if (folder / name).is_file())
+            found = as_object(json.loads(path.read_text(encoding="utf-8"))).get("chat_template")
     return as_template(found)
 
 
@@ -1247,7 +1262,7 @@ def inspect_gguf(path: str, metadata: Json, template: str = "") -> Model:
     return Model(
         os.path.dirname(path),
         re.sub(r"(-0*1-of-\d+)?\.gguf$", "", os.path.basename(path)),
-        context=context if type(context) is int else 0,
+        context=context if type(context) is int and context > 0 else 0,
         quantised=True,
         since=since,
         dialect=read_dialect(found if isinstance(found, str) else ""),
@@ -1370,12 +1385,12 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
             if not any(INCOMPLETE in message for message, _ in model.flaws):  # used as it lies, without the network
                 return dataclasses.replace(model, name=folder.name)
         return hub_model(path, arch, template)
-    if not folder.exists() or not (folder.is_dir() or folder.suffix.lower() == ".gguf"):
+    if not (folder.is_dir() or (folder.is_file() and folder.suffix.lower() == ".gguf")):
         what = "is neither a folder nor a .gguf file" if folder.exists() else "does not exist"
         raise AnyclaudeError(
             f"the model {path} {what}.", "Name the model's folder, or its .gguf file: --model-path /path/to/it"
         )
-    ggufs = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+    ggufs = [folder] if folder.is_file() else sorted(one for one in folder.glob("*.gguf") if one.is_file())
     first = [one for one in ggufs if not re.search(r"-0*[1-9]\d*-of-\d+\.gguf$", one.name) or "-00001-of-" in one.name]
     if folder.is_file() or (ggufs and not any(folder.glob("*.safetensors"))):
         chosen = [one for one in first if "mmproj" not in one.name] or ggufs
@@ -1872,7 +1887,18 @@ def _tell_what_is_missing(checks: Iterable[Check]) -> None:
 
 def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path:
     """Build mistral.rs -> the program. What is compiled stays when it is interrupted. Raises AnyclaudeError."""
+    if tag and not re.fullmatch(r"\w[\w./+-]{0,99}", tag, re.ASCII):
+        raise AnyclaudeError(f"{tag!r} is no tag.", f"anyclaude build --tag {TESTED_TAG}")
     plan = plan_build(settings, environ, tag)
+    try:
+        building = lock(state_path("src", "building.lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AnyclaudeError("another build runs.", "Wait until it is done, or end it, then build again.") from None
+    with contextlib.closing(os.fdopen(building)):
+        return _build(plan, environ, bool(tag))
+
+
+def _build(plan: Build, environ: Mapping[str, str], chosen: bool) -> Path:
     say(f"building {plan.words}")
     log_path = state_path("logs", "build.log")
     log = rotated_log(log_path)
@@ -1889,9 +1915,10 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
             try:
                 run_build(clone, folder, env, log, log_path)
                 os.replace(f"{folder}/source", plan.source)
-            except AnyclaudeError as error:
-                if tag or "stopped" in error.message:
-                    raise
+            except (AnyclaudeError, OSError) as failure:
+                error = failure if isinstance(failure, AnyclaudeError) else unexpected(failure)
+                if chosen or "stopped" in error.message:
+                    raise error from None
                 plan = dataclasses.replace(plan, source=None, tag="")
                 say(f"{error.message}\nwithout it: building {plan.words}")
         _tell_what_is_missing(check_build(plan, environ))  # the clone says how new Rust must be
@@ -1901,8 +1928,10 @@ def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path
     assert cargo is not None
     target = plan.program.parent.parent if plan.source and not plan.tag else state_path("build", "")
     begun = time.monotonic()
-    run_build(plan.command(cargo), str(plan.source or target), {**env, "CARGO_TARGET_DIR": str(target)}, log, log_path)
     made = target / "release" / plan.program.name if plan.tag else plan.program
+    if plan.tag:
+        made.unlink(missing_ok=True)  # of another tag
+    run_build(plan.command(cargo), str(plan.source or target), {**env, "CARGO_TARGET_DIR": str(target)}, log, log_path)
     if not made.is_file():
         raise AnyclaudeError(f"cargo made no {made}.", f"Read the log: less {log_path}")
     if plan.tag:
@@ -1946,11 +1975,12 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
                     say(words)
         status = process.wait()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, lambda *_: None)  # a second one comes too late
         raise AnyclaudeError("stopped; what is compiled stays.", "To go on: the same command again") from None
     finally:
         TERMINAL.waiting("")
         if process.poll() is None:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, lambda *_: None)  # a second one comes too late
             terminate(process, os.killpg)
         process.stdout.close()
     if status:
@@ -1959,6 +1989,15 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
         hints = (hint for line in shown for pattern, hint in BUILD_HINTS if re.search(pattern, line))
         message = f"{Path(command[0]).name} failed ({ending(status)}):" + "".join(f"\n  {line}" for line in shown)
         raise AnyclaudeError(message, next(hints, f"Read the whole log: less {log_path}"))
+
+
+_NUMBERS = (int, float)
+STATE_TYPES: dict[str, tuple[type, ...]] = {  # what is not of its type in a state file is passed over
+    **dict.fromkeys(("port", "pid", "parent", "crashes", "window", "keep_alive", "exit"), (int,)),
+    **dict.fromkeys(("started", "ready"), _NUMBERS),
+    **dict.fromkeys(("born", "parent_born", "log", "model", "engine", "reason"), (str,)),
+    "version": (list,),
+}
 
 
 class _Files:
@@ -1976,7 +2015,8 @@ class _Files:
     def read_state(self) -> Json:
         """What the parent wrote of its engine; empty when there is nothing usable."""
         with contextlib.suppress(AnyclaudeError):
-            return read_json(self.state)
+            state = read_json(self.state)
+            return {key: value for key, value in state.items() if type(value) in STATE_TYPES.get(key, (type(value),))}
         return {}
 
     def engine_runs(self) -> bool:
@@ -2019,6 +2059,8 @@ def can_lock(path: Path, kind: int) -> bool:
         os.close(lock(path, kind | fcntl.LOCK_NB))
     except BlockingIOError:
         return False
+    except FileNotFoundError:  # its folder was removed
+        pass
     return True
 
 
@@ -2038,7 +2080,8 @@ class _Supervisor:
         self._served = False
         self._state: Json = {**spec, "parent": os.getpid(), "parent_born": birth(os.getpid()), "crashes": 0}
         if not can_lock(Path(spec["log"]), fcntl.LOCK_EX):  # the log of an engine on another port
-            self._state["log"] = spec["log"].replace(".log", f"-{spec['port']}.log")
+            log = Path(spec["log"])
+            self._state["log"] = str(log.with_name(f"{log.stem}-{spec['port']}.log"))
         self._log = rotated_log(Path(self._state["log"]))
         fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -2051,7 +2094,7 @@ class _Supervisor:
         )
         pid = self.engine.pid
         try:
-            self._tell(pid=pid, born=birth(pid), started=time.time(), ready=0)
+            self._tell(pid=pid, born=birth(pid), started=time.time(), ready=0, reason="")
         except BaseException:
             terminate(self.engine, os.killpg)
             raise
@@ -2080,14 +2123,17 @@ class _Supervisor:
         """When nobody has held a session for `keepAlive` seconds, say so. The lock is kept then: a new session waits
         until the port is free again."""
         while True:
-            seat = lock(self._files.sessions, fcntl.LOCK_EX)
+            try:
+                seat = lock(self._files.sessions, fcntl.LOCK_EX)
+            except OSError:  # the folder was removed: nobody can come any more
+                return self.events.put("unused")
             until = time.monotonic() + self._spec["keep_alive"] * self._has_served()
             while seat >= 0 and (left := until - time.monotonic()) > 0:
                 os.close(seat)
                 time.sleep(min(left, 0.5))  # nothing tells of a lock that is taken
                 try:
                     seat = lock(self._files.sessions, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                except OSError:
                     seat = -1
             if seat >= 0:
                 return self.events.put("unused")
@@ -2128,6 +2174,7 @@ class _Supervisor:
             try:
                 return self.events.get(timeout=self._spec["start_timeout"] if waits else None)
             except queue.Empty:
+                self._tell(reason=f"it did not answer within {self._spec['start_timeout']} s")
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.engine.pid, signal.SIGKILL)
 
@@ -2136,7 +2183,7 @@ def stop_engine(files: _Files) -> None:
     """Stop an engine, whoever uses it, through its parent if it has one."""
     state = files.read_state()
     parent = state.get("parent")
-    if files.engine_runs() and isinstance(parent, int) and birth(parent) == state.get("parent_born"):
+    if files.engine_runs() and type(parent) is int and parent > 1 and birth(parent) == state.get("parent_born", "none"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(parent, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS + 3
@@ -2176,9 +2223,8 @@ def supervise() -> int:
 def birth(pid: int) -> str:
     """When the process was started, in the system's words; "" if there is none. It tells whether a pid was given anew."""
     with contextlib.suppress(OSError, IndexError):
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        )  # in ticks since the machine's start
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]  # in ticks since the machine's start
     return "" if os.path.isdir("/proc/self") else output_of("ps", "-o", "lstart=", "-p", str(pid)).strip()
 
 
@@ -2339,6 +2385,8 @@ class EngineShare:
                 started, before = time.monotonic(), progress
             elapsed = time.monotonic() - started
             if not self._files.engine_runs():
+                if "exit" not in self.state:
+                    raise AnyclaudeError("mistral.rs was stopped while it started (anyclaude stop).", "Start it again.")
                 raise self._failure(f"ended while it started ({ending(self.state.get('exit'))})")
             if elapsed > seconds:
                 raise self._failure(f'did not answer within {seconds:.0f} s ("startTimeout" in ~/.anyclauderc.json)')
@@ -2353,7 +2401,7 @@ class EngineShare:
 
     def trouble(self) -> str:
         """Why there is no engine any more, and what to do; "" as long as there is one, or it is being restarted."""
-        if self._files.engine_runs():
+        if self._files.engine_runs() or self._files.engine():
             return ""
         state = self.state
         if "exit" not in state or "model" not in state:
@@ -2363,6 +2411,11 @@ class EngineShare:
         error = self._failure(often)
         return f"{error.message}\n{error.fix}\nThen go on: start anyclaude again, with --continue."
 
+    def is_started_again(self) -> bool:
+        """Whether the engine ended, and is not back yet."""
+        state = self.state
+        return bool(state.get("crashes")) and not state.get("ready")
+
     def history(self) -> str:
         """What a person should know of the engine at the end of a session; "" if all was well."""
         crashes = self.state.get("crashes")
@@ -2370,10 +2423,11 @@ class EngineShare:
 
     def tell_of_crashes(self) -> None:
         """Tell a person who has nothing else on the terminal of each crash, for ever."""
-        told = ""
+        told = news = ""
         while True:
             time.sleep(0.5)  # nothing tells of a file that is replaced
-            news = self.trouble() or self.history()
+            with contextlib.suppress(OSError, AnyclaudeError):
+                news = self.trouble() or self.history()
             if news != told and news:
                 say(news)
             told = news
@@ -4456,16 +4510,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def _batches(self, sent: list[Any], reply: Reply) -> Iterator[list[Event]]:
         """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: the payload as text and as bytes."""
         try:
-            if self.server.share:
-                yield from self._held(self.server.share, reply)
-            try:
-                upstream = _Upstream(self.server.target, sent.pop(), self.connection)
-            except (OSError, http.client.HTTPException) as error:
-                trouble = (
-                    self.server.share.trouble() if self.server.share else ""
-                )  # with 400 the client does not try again
-                words = trouble or f"the engine does not answer at {self.server.target.url} ({error})"
-                raise ApiError(400 if trouble else 529, words) from None
+            upstream = yield from self._connected(sent.pop(), reply)
         except ApiError as error:
             if not reply.begun:
                 raise
@@ -4478,15 +4523,33 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if reply.counted:
             self.server.learn(estimate, reply.prompt)
 
+    def _connected(self, data: bytes, reply: Reply) -> Generator[list[Event], None, _Upstream]:
+        """The engine's connection, when it serves; until then pings. Raises ApiError."""
+        share, patient = self.server.share, True
+        while True:
+            if share:
+                yield from self._held(share, reply)
+            try:
+                return _Upstream(self.server.target, data, self.connection)
+            except (OSError, http.client.HTTPException) as error:
+                trouble = share.trouble() if share else ""  # with 400 the client does not try again
+                if trouble or not share or not patient:
+                    words = trouble or f"the engine does not answer at {self.server.target.url} ({error})"
+                    raise ApiError(400 if trouble else 529, words) from None
+            patient = False
+            time.sleep(0.3)  # that it ended may not have been noticed yet
+
     def _held(self, share: EngineShare, reply: Reply) -> Iterator[list[Event]]:
         """Pings, as long as the engine is being started again: loading may take longer than a client tries."""
         said = time.monotonic() + FIRST_WORD_SECONDS - PING_SECONDS
-        while not share.state.get("ready"):
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        while share.is_started_again():
             if share.trouble():
                 raise ApiError(400, share.trouble())
-            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+            if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                 raise _ClientLeft
-            time.sleep(0.05)
+            time.sleep(0.1)
             if time.monotonic() - said >= PING_SECONDS:
                 said = time.monotonic()
                 yield [*reply.start(), {"type": "ping"}]
@@ -4993,7 +5056,8 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[t
                 plan = make_plan(settings, model, plan.engine)
             version, window = plan.engine.version, plan.fit.window
             if share.joined:  # one that another session started, as that session wanted it
-                version = tuple(share.state.get("version") or version)
+                told = [one for one in share.state.get("version", []) if type(one) is int]
+                version = (told[0], told[1], told[2]) if len(told) == 3 else version
                 window = settings.context_window or share.state.get("window") or window
             can = {name: version >= since for name, since in SINCE.items()}
             # the parser of gpt-oss is part of how it is decoded
@@ -5189,8 +5253,10 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
 def engines() -> list[_Files]:
     """Those of the engines that run here, by port. What a dead engine left is removed on the way."""
     found = []
-    for path in sorted(state_path("run", "").glob("engine-*.json")):
-        files = _Files(int(re.sub(r"\D", "", path.stem) or 0))
+    names = (path.name for path in state_path("run", "").glob("engine-*.json") if path.is_file())
+    ports = (re.fullmatch(r"engine-(\d{1,5})\.json", name, re.ASCII) for name in names)
+    for port in sorted(int(found[1]) for found in ports if found):
+        files = _Files(port)
         if files.engine_runs() or files.engine():  # one without a parent is still an engine
             found.append(files)
         elif "exit" not in files.read_state() or not files.cards():  # open sessions tell of its end
@@ -5225,7 +5291,7 @@ def engine_status(files: _Files) -> Json:
         "port": files.port,
         "pid": pid,
         "state": ready if files.engine_runs() else "without a parent",
-        "uptime": round(time.time() - (started if type(started := state.get("started")) is float else time.time())),
+        "uptime": round(max(0.0, min(1e9, time.time() - state.get("started", time.time())))),
         "crashes": state.get("crashes", 0),
         "memory": sum(int(size) << 10 for group, size in memory if int(group) == pid and pid),
         "sessions": files.cards(),
@@ -5288,7 +5354,7 @@ def stop(settings: Settings, options: Sequence[str]) -> int:
             stop_engine(files)
         os.close(starting)
         if files.engine_runs():
-            parent = files.read_state().get("parent")
+            parent = files.read_state().get("parent") or "PID"
             raise AnyclaudeError(
                 f"the engine on port {files.port} does not stop.",
                 f"kill -9 {parent}   (its parent), and again: anyclaude stop",
@@ -5303,7 +5369,7 @@ def logs(settings: Settings, options: Sequence[str]) -> int:
     """`anyclaude logs [-f]`: the engine's log; -f: and what comes, until Ctrl-C."""
     running = [Path(str(files.read_state().get("log"))) for files in engines()]
     path = next(iter(running), state_path("logs", "mistralrs-server.log"))
-    if not path.exists():
+    if not path.is_file():
         raise AnyclaudeError(f"there is no log yet: {path}.", "anyclaude   (starts an engine, which writes it)")
     follow = "-f" in options or "--follow" in options
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
@@ -5518,17 +5584,6 @@ def exit_on_signals() -> None:
     signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, leave)
-
-
-def unexpected(error: Exception) -> AnyclaudeError:
-    """An error that nobody has put into words."""
-    if isinstance(error, OSError):
-        return AnyclaudeError(f"the system refused: {error}.", "Check that file or folder.")
-    with contextlib.suppress(OSError, AnyclaudeError):
-        path = state_path("logs", "crash.log")
-        os.write(rotated_log(path), traceback.format_exc().encode("utf-8", "replace"))
-        return AnyclaudeError(f"anyclaude made a mistake: {error!r}.", f"Please report it, with {path}")
-    return AnyclaudeError(f"anyclaude made a mistake: {error!r}.", "Please report it.")
 
 
 def as_called(fix: str) -> str:

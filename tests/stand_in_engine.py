@@ -68,7 +68,7 @@ def main() -> None:
     if behaviour == "oom":
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "slow":
-        time.sleep(2 if not again else 4)
+        time.sleep(2)
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if behaviour == "family":

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -303,21 +305,23 @@ def test_a_request_waits_with_pings_while_the_engine_is_started_again(box: Sandb
     (state,) = box.engine_states()
     os.kill(int(str(state["pid"])), signal.SIGKILL)
     wait_for(lambda: not box.engine_states()[0]["ready"])
-    status, text = ask(exported, streamed=True)  # loading takes longer than the client tries
+    with ThreadPoolExecutor(2) as pool:
+        streamed, whole = pool.submit(ask, exported, True), pool.submit(ask, exported)
+    status, text = streamed.result()  # loading takes longer than the client tries
     assert status == 200 and "event: ping" in text and text.index("event: ping") < text.index("here I am")
-    os.kill(int(str(box.engine_states()[0]["pid"])), signal.SIGKILL)
-    wait_for(lambda: not box.engine_states()[0]["ready"])
-    assert ask(exported)[0] == 200  # not streamed, too
+    assert whole.result()[0] == 200
     assert "mistral.rs ended once" in end(process)  # the person was told, too
 
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_while_it_is_started_again_is_killed_and_given_up(box: Sandbox) -> None:
+    # (the reason that is kept says so, and not that memory ran out)
     process = box.start("--proxy-only", env={"STAND_IN": "hang again", "ANYCLAUDE_START_TIMEOUT": "1"})
     exported = ready(process)
     (state,) = box.engine_states()
     wait_for(lambda: box.engine_states()[0]["ready"])
     os.kill(int(str(state["pid"])), signal.SIGKILL)
+    wait_for(lambda: "did not answer" in str(box.engine_states()[0].get("reason")))
     wait_for(lambda: box.engine_states()[0]["crashes"] >= 2)
     assert box.run("stop", "--force").returncode == 0
     assert ask(exported)[0] == 400
@@ -377,6 +381,43 @@ def test_who_joins_uses_the_engine_as_it_was_started(box: Sandbox) -> None:
     ready(second)
     end(first)
     assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS=50000" in end(second)
+
+
+@pytest.mark.slow
+def test_when_the_parent_was_killed_the_engine_serves_on_and_the_last_session_stops_it(box: Sandbox) -> None:
+    process = box.start("--proxy-only")
+    exported = ready(process)
+    (state,) = box.engine_states()
+    os.kill(int(str(state["parent"])), signal.SIGKILL)
+    assert ask(exported)[0] == 200
+    err = end(process)
+    assert "stopped from outside" not in err and gone(int(str(state["pid"])))
+
+
+@pytest.mark.slow
+def test_a_removed_folder_of_state_files_leaves_no_engine(box: Sandbox) -> None:
+    process = box.start("--proxy-only", env={"ANYCLAUDE_KEEP_ALIVE": "3"})
+    ready(process)
+    (state,) = box.engine_states()
+    shutil.rmtree(box.home / ".anyclaude" / "run")
+    assert "Traceback" not in end(process)
+    wait_for(lambda: gone(int(str(state["pid"]))))
+
+
+@pytest.mark.parametrize("parent", [-1, 0, True, "1", None])
+def test_a_state_file_never_makes_us_signal_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: object
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files, told = anyclaude._Files(1), list[object]()
+    held = anyclaude.lock(files.alive, anyclaude.fcntl.LOCK_EX)
+    anyclaude.write_json(files.state, {"parent": parent, "parent_born": "", "pid": parent, "born": "", "ready": "x"})
+    monkeypatch.setattr(os, "kill", lambda *words: told.append(words))
+    monkeypatch.setattr(os, "killpg", lambda *words: told.append(words))
+    monkeypatch.setattr(anyclaude, "STOP_SECONDS", -3)
+    anyclaude.stop_engine(files)
+    assert not told and "ready" not in files.read_state()
+    os.close(held)
 
 
 def test_a_process_is_known_again_whatever_the_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,14 @@ def test_status_tells_of_the_engine_and_its_sessions(box: Sandbox) -> None:
     assert [card["pid"] for card in one["sessions"]] == [first.pid]
     end(first)
     assert box.run("status").returncode == 1
-    left = {path.name for path in (box.home / ".anyclaude" / "run").iterdir() if path.suffix == ".json"}
-    assert not left
+    run = box.home / ".anyclaude" / "run"
+    assert not {path.name for path in run.iterdir() if path.suffix == ".json"}
+    (run / "engine-7.json").mkdir()
+    (run / "engine-8x.json").write_text("{")
+    (run / "engine-9.json").write_text('{"pid": [], "started": NaN, "log": 5}')
+    assert box.run("status").stdout == "no engine runs\n"
+    for path in run.glob("engine-[78]*.json"):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.slow
@@ -275,7 +281,7 @@ def test_a_tag_is_cloned_built_and_put_where_it_is_found_first(
     assert anyclaude.find_engine(Settings(), os.environ, offer=False).program == program
     with pytest.raises(AnyclaudeError, match="git failed"):
         build(Settings(), os.environ, "v9.9.9")
-    assert [path.name for path in (sandbox.home / ".anyclaude" / "src").iterdir()] == ["mistral.rs-v0.8.1"]
+    assert [path.name for path in (sandbox.home / ".anyclaude" / "src").glob("[!b]*")] == ["mistral.rs-v0.8.1"]
 
 
 @pytest.mark.outside
@@ -365,6 +371,26 @@ def test_what_a_build_started_ends_with_it(builder: Sandbox) -> None:
     fake(builder, "cargo", 'sleep 600 & echo $! > "$HOME/child"; exit 7')  # and one that it leaves is not waited for
     assert "cargo failed (exit status 7)" in builder.run("build", timeout=20).stderr
     os.kill(int((builder.home / "child").read_text()), signal.SIGKILL)
+
+
+def test_two_builds_do_not_disturb_each_other_and_odd_tags_are_refused(builder: Sandbox) -> None:
+    fake(builder, "cargo", 'touch "$HOME/started"; exec sleep 60')
+    first = builder.start("build")
+    wait_for((builder.home / "started").exists)
+    assert "another build runs" in builder.run("build").stderr
+    end(first)
+    for tag in ("--upload-pack=x", "a b", "\udcff", "../../x\n"):
+        assert "is no tag" in builder.run("build", f"--tag={tag}").stderr
+
+
+def test_what_was_built_before_does_not_pass_for_a_new_tag(builder: Sandbox) -> None:
+    old = builder.home / ".anyclaude" / "build" / "release" / "mistralrs"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    checkout(builder.home / ".anyclaude" / "src" / "mistral.rs-v0.9.1")
+    fake(builder, "cargo", "exit 0")
+    done = builder.run("build", "--tag", "v0.9.1")
+    assert done.returncode == 1 and "cargo made no" in done.stderr
 
 
 @pytest.mark.slow

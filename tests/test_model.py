@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -312,6 +313,23 @@ def test_a_half_finished_download_is_found_before_loading(
     harm(folder / "model.safetensors")
     ((message, fix), *more) = read_model(str(folder)).flaws
     assert words in message + fix and fix and not more
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "x.gguf", "model.safetensors"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with contextlib.suppress(AnyclaudeError):
+        read_model(str(folder), "qwen3")
+
+
+def test_sampling_that_is_no_number_is_passed_over() -> None:
+    said = {"temperature": float("nan"), "top_p": float("inf"), "top_k": -7, "min_p": True}
+    assert inspect_model("/m/x", QWEN3, said).sampling == {}
 
 
 def test_a_chat_template_that_is_named_stands_for_the_models_own(tmp_path: Path) -> None:
