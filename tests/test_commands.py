@@ -114,6 +114,7 @@ def test_logs_shows_the_engines_log_and_follows_it(box: Sandbox) -> None:
     assert follower.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_an_option_that_a_command_does_not_have_is_an_error_with_a_way_to_claude(box: Sandbox) -> None:
     done = box.run("status", "--jsn")
     assert done.returncode == 1 and "no --jsn" in done.stderr and "anyclaude.py -- status" in done.stderr
@@ -142,6 +143,7 @@ def test_doctor_is_content_where_all_is_well_and_says_what_would_run(box: Sandbo
     assert not box.engine_states()  # it looks, and starts nothing
 
 
+@pytest.mark.slow
 def test_doctor_finds_each_failure_with_its_fix_and_fails(box: Sandbox, tmp_path: Path, tiny_model: Path) -> None:
     def failures(**backend: object) -> dict[str, dict[str, str]]:
         box.settings({"backends": {"mlx": {"modelPath": str(tiny_model), "port": free_port(), **backend}}})
@@ -186,6 +188,7 @@ def test_doctor_knows_the_deprecated_server(box: Sandbox, tiny_model: Path) -> N
     assert box.run("doctor").returncode == 1
 
 
+@pytest.mark.slow
 def test_the_commands_about_an_engine_work_with_broken_settings_and_a_reader_that_leaves(box: Sandbox) -> None:
     box.settings("{broken")
     assert box.run("status").stdout == "no engine runs\n" and box.run("stop").returncode == 0
@@ -373,6 +376,7 @@ def test_what_a_build_started_ends_with_it(builder: Sandbox) -> None:
     os.kill(int((builder.home / "child").read_text()), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_builds_do_not_disturb_each_other_and_odd_tags_are_refused(builder: Sandbox) -> None:
     fake(builder, "cargo", 'touch "$HOME/started"; exec sleep 60')
     first = builder.start("build")

@@ -178,6 +178,7 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
             "tests/run",
             "-n0",
             "tests/test_model.py",
+            "-k=architecture",
             cwd=checkout,
             env={**os.environ, "ANYCLAUDE_TEST_CACHE": cache},
         ).stdout
