@@ -517,6 +517,10 @@ def test_no_single_result_of_a_tool_ends_a_session_with_a_small_window(sandbox: 
         assert len(sizes) == 2 and max(sizes) < 32768 // 8 * 5, sizes
         offered = {tool["function"]["name"] for tool in engine.requests[0]["tools"]}
         assert offered <= set(LEAN_TOOLS.split(",")) and "Bash" in offered  # a window under 65,536
+        engine.requests.clear()
+        calls.clear()
+        sandbox.run("--base-url", engine.url, "--context-window", "32768", "--prompt", "full", "-p", "Hello", env=OWN)
+        assert len(engine.requests[0]["tools"]) > len(LEAN_TOOLS.split(","))
 
 
 @pytest.mark.outside

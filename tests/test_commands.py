@@ -12,11 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from conftest import Sandbox
-from test_care import tell
+from test_care import serving, tell
 from test_engine import end, gone, ready, wait_for
 
 import anyclaude
@@ -119,6 +120,32 @@ def test_an_option_that_a_command_does_not_have_is_an_error_with_a_way_to_claude
     done = box.run("status", "--jsn")
     assert done.returncode == 1 and "no --jsn" in done.stderr and "anyclaude.py -- status" in done.stderr
     assert "needs a value" in box.run("build", "--tag").stderr
+
+
+class Metrics(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        text = '# TYPE x counter\nmistralrs_prefix_cache_lookups_total{model="m"} 8\nmistralrs_prefix_cache_hits_total{model="m"} 6\n'
+        self.wfile.write(text.encode() if self.path == "/metrics" else b"OK")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_status_reads_the_hits_of_the_prefix_cache_where_the_engine_counts_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with serving(Metrics) as url:
+        files = anyclaude._Files(int(url.rpartition(":")[2]))
+        log = tmp_path / "log"
+        log.write_text(
+            "Throughput (T/s) 41.20, Prefix cache hitrate 50.00%, Encoder cache hitrate 1.00%, 1 running, 0 waiting\n"
+        )
+        anyclaude.write_json(files.state, {"log": str(log), "model": "m"})
+        found = anyclaude.engine_status(files)
+        assert (found["prefix_cache_hits"], found["tokens_per_second"], found["running"]) == (75.0, 41.2, 1)
 
 
 # --- doctor ---
