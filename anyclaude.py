@@ -269,6 +269,11 @@ def times(count: Any) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
+def gigabytes(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / (1 << 30):.1f} GB" if size >= 1 << 29 else f"{size / (1 << 20):.0f} MB"
+
+
 def agrees(question: str) -> bool:
     """Ask a person, on a terminal; without one the answer is no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -463,12 +468,6 @@ def is_loopback(url: str) -> bool:
     return False
 
 
-def address_of(url: str) -> tuple[str, int]:
-    """The host and port that `url` leads to."""
-    parts = urllib.parse.urlsplit(url)
-    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-
-
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Part own options from claude's arguments -> ({option: value}, the rest in order).
 
@@ -621,7 +620,8 @@ def load_settings(
 
 
 # === 3 Model ==================================================================================
-# Rule: inspection is pure (`inspect_model`); only `read_model` touches the disk, and only to read.
+# Rule: inspection is pure (`inspect_model`, `inspect_gguf`); what reads the disk or asks the hub stands behind it, and only
+# reads.
 
 # First mistral.rs that loads it -> "value of -a = class in config.json". No value: the engine's automatic loader takes
 # it (multimodal models). Source: mistralrs-core/src/pipeline/loaders/{normal,vision,multimodal}_loaders.rs at v0.6.0,
@@ -1574,11 +1574,6 @@ class Fit:
 CACHED_SEQUENCES = 16  # the engines' own default of --prefix-cache-n
 SMALLEST_WINDOW = 4096  # tokens
 LEAN_WINDOW = 65536  # below it the client's whole tool set takes too much of the window
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / (1 << 30):.1f} GB" if size >= 1 << 29 else f"{size / (1 << 20):.0f} MB"
 
 
 def _with_room(weights: int) -> int:
@@ -5391,6 +5386,27 @@ def logs(settings: Settings, options: Sequence[str]) -> int:
     return 0
 
 
+def check_port(settings: Settings, model: Model | None) -> Check:
+    """Whether the engine's port can be had."""
+    files = _Files(settings.port)
+    if settings.port and files.engine_runs():
+        runs, mine = files.read_state().get("model"), model.place if model else ""
+        state = "failure" if runs != mine and files.cards() else "ok"
+        words = (
+            "which a new session joins"
+            if runs == mine
+            else "used by other sessions"
+            if files.cards()
+            else "which nobody uses"
+        )
+        fix = f"Close them, or: --engine-port {other_port(settings.port)}" if state == "failure" else ""
+        return Check("port", state, f"{settings.port}: an engine of yours runs there with {runs}, {words}", fix)
+    if settings.port and not port_is_free(settings.port):
+        error = port_taken("", settings.port, "--engine-port")
+        return Check("port", "failure", error.message, error.fix)
+    return Check("port", "ok", f"{settings.port or 'any'}: free")
+
+
 def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check], str]:
     """What `anyclaude doctor` finds, and the command line that would be run."""
     checks, line = [], ""
@@ -5445,24 +5461,7 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
                     SMALL_FIX,
                 )
             )
-    files = _Files(settings.port)
-    if settings.port and files.engine_runs():
-        runs, mine = files.read_state().get("model"), model.place if model else ""
-        state = "failure" if runs != mine and files.cards() else "ok"
-        words = (
-            "which a new session joins"
-            if runs == mine
-            else "used by other sessions"
-            if files.cards()
-            else "which nobody uses"
-        )
-        fix = f"Close them, or: --engine-port {other_port(settings.port)}" if state == "failure" else ""
-        checks.append(Check("port", state, f"{settings.port}: an engine of yours runs there with {runs}, {words}", fix))
-    elif settings.port and not port_is_free(settings.port):
-        error = port_taken("", settings.port, "--engine-port")
-        checks.append(Check("port", "failure", error.message, error.fix))
-    else:
-        checks.append(Check("port", "ok", f"{settings.port or 'any'}: free"))
+    checks.append(check_port(settings, model))
     return checks, line
 
 

@@ -30,7 +30,6 @@ from anyclaude import (
     AnyclaudeError,
     Session,
     Settings,
-    address_of,
     chosen_mode,
     claude_arguments,
     claude_environment,
@@ -262,19 +261,6 @@ def test_a_claude_that_ends_right_after_it_was_stopped_gives_its_status(sandbox:
 
     wait_for(ended)
     assert process.returncode == 128 + signal.SIGKILL
-
-
-@pytest.mark.parametrize(
-    ("url", "address"),
-    [
-        ("http://h/v1", ("h", 80)),
-        ("https://h/v1", ("h", 443)),
-        ("http://h:1/v1", ("h", 1)),
-        ("http://[::1]:2", ("::1", 2)),
-    ],
-)
-def test_a_url_without_a_port_has_the_one_of_its_scheme(url: str, address: tuple[str, int]) -> None:
-    assert address_of(url) == address
 
 
 @pytest.mark.slow
