@@ -490,6 +490,19 @@ def test_what_is_built_follows_from_what_is_there(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_cuda_is_built_for_where_both_the_compiler_and_a_gpu_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    for accelerator, path, features in (("cuda", tmp_path, ("cuda",)), ("cuda", "/none", ()), ("", tmp_path, ())):
+        found = anyclaude.Machine(accelerator, 1, "")
+        monkeypatch.setattr(anyclaude, "read_machine", lambda limit=0, found=found: found)
+        if path != "/none" or not os.path.exists("/usr/local/cuda/bin/nvcc"):
+            assert plan_build(Settings(), {"PATH": str(path)}).features == features
+
+
 def test_a_mac_without_the_metal_toolchain_is_told_and_still_builds_where_it_can(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
