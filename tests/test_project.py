@@ -167,7 +167,7 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     sandbox.settings({"backend": "mlx", "backends": {"mlx": {"modelPath": "~/models/Qwen3-Coder-30B-A3B-Instruct"}}})
     assert "no marker" in shell("python3 anyclaude.py -p 'Explain this repository'")
     assert "would run: " in shell("python3 anyclaude.py doctor")  # `build` is run by tests/test_commands.py
-    assert "Server listening" in shell("python3 anyclaude.py logs")
+    assert anyclaude.READY_LINE.search(shell("python3 anyclaude.py logs"))
     assert "no engine runs" in shell("python3 anyclaude.py status; python3 anyclaude.py stop")
     # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
     cache = os.environ.get("ANYCLAUDE_TEST_CACHE") or str(Path.home() / ".cache" / "anyclaude-tests")
