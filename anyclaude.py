@@ -897,33 +897,9 @@ class Model:
 
 # --isq, with the bits for each number, scales included. Source: mistralrs-core/src/pipeline/isq.rs (v0.6.0 to v0.9.2), the
 # block sizes of ggml, and AFQ's 32 bits of scale and bias for each 64 numbers.
-ISQ_BITS = {
-    name: float(bits)
-    for names, _, bits in (
-        row.partition("=")
-        for row in [
-            "Q2K,2=2.625",
-            "Q3K,3=3.4375",
-            "Q4K,Q4_0,4=4.5",
-            "Q5K,Q5_0,5=5.5",
-            "Q6K,6=6.5625",
-            "Q8K=9.125",
-            "Q8_0,HQQ8,8=8.5",
-            "Q4_1=5",
-            "Q5_1=6",
-            "Q8_1=9",
-            "HQQ4=4.5",
-            "FP8=8",
-            "MXFP4=4.25",
-            "AFQ2=2.5",
-            "AFQ3=3.5",
-            "AFQ4=4.5",
-            "AFQ6=6.5",
-            "AFQ8=8.5",
-        ]
-    )
-    for name in names.split(",")
-}
+_ISQ = """Q2K,2=2.625 Q3K,3=3.4375 Q4K,Q4_0,4=4.5 Q5K,Q5_0,5=5.5 Q6K,6=6.5625 Q8K=9.125 Q8_0,HQQ8,8=8.5 Q4_1=5 Q5_1=6 Q8_1=9
+    HQQ4=4.5 FP8=8 MXFP4=4.25 AFQ2=2.5 AFQ3=3.5 AFQ4=4.5 AFQ6=6.5 AFQ8=8.5"""
+ISQ_BITS = {name: float(bits) for names, bits in (row.split("=") for row in _ISQ.split()) for name in names.split(",")}
 DOWNLOAD = "Download it again, which goes on where it stopped: hf download ORG/NAME --local-dir {}\n(hf: pip install -U huggingface_hub)"
 
 
@@ -1316,9 +1292,11 @@ def hub_model(name: str, arch: str, template: str) -> Model:
     download would make loadable."""
     model = Model(name, Path(name).name, arch, on_disk=False, dialect=read_dialect(template))
     files = hub_files(name)
+    place = f"~/models/{model.name}"
+    by_hand = f"hf download {{}} --local-dir {place}\nthen: anyclaude --model-path {place}"
     ggufs = [file for file in files if file.endswith(".gguf")]
     if ggufs and "config.json" not in files:
-        fix = f"hf download {name} {ggufs[0]} --local-dir ~/models/{model.name}\nthen: anyclaude --model-path ~/models/{model.name}"
+        fix = by_hand.format(f"{name} {ggufs[0]}")
         raise AnyclaudeError(f"{name} holds GGUF files, one of which is to be downloaded first.", fix)
 
     def content(file: str) -> Json:
@@ -1339,10 +1317,9 @@ def hub_model(name: str, arch: str, template: str) -> Model:
     model = inspect_model(name, config, content("generation_config.json"), arch, template or own, tensors)
     flaws = [*model.flaws, *([] if template or own else [(f"{name} has no chat template.", NO_TEMPLATE)])]
     if model.mlx:
-        fix = (
-            f"hf download {name} --local-dir ~/models/{model.name}\nthen: anyclaude --model-path ~/models/{model.name}"
+        flaws.append(
+            (f"{name} is quantised for MLX, and has to be on the disk before it is loaded.", by_hand.format(name))
         )
-        flaws.append((f"{name} is quantised for MLX, and has to be on the disk before it is loaded.", fix))
     return dataclasses.replace(model, on_disk=False, arch=arch, flaws=tuple(flaws))
 
 
@@ -1986,10 +1963,9 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
         raise AnyclaudeError(message, next(hints, f"Read the whole log: less {log_path}"))
 
 
-_NUMBERS = (int, float)
 STATE_TYPES: dict[str, tuple[type, ...]] = {  # what is not of its type in a state file is passed over
     **dict.fromkeys(("port", "pid", "parent", "crashes", "window", "keep_alive", "exit"), (int,)),
-    **dict.fromkeys(("started", "ready"), _NUMBERS),
+    **dict.fromkeys(("started", "ready"), (int, float)),
     **dict.fromkeys(("born", "parent_born", "log", "model", "engine", "reason"), (str,)),
     "version": (list,),
 }

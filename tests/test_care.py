@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -272,6 +273,16 @@ def ask(exported: dict[str, str], streamed: bool = False) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+def deafened(box: Sandbox) -> tuple[subprocess.Popen[str], dict[str, str], dict[str, object]]:
+    """A session with a stallTimeout of 1 s, whose engine answers no chat any more -> (it, its variables, the state)."""
+    process = box.start("--proxy-only", env={"ANYCLAUDE_STALL_TIMEOUT": "1"})
+    exported = ready(process)
+    (state,) = box.engine_states()
+    tell(state["port"], "/deaf")
+    time.sleep(max(0.0, float(str(state["started"])) + 1.1 - time.time()))  # it must be older than its silence
+    return process, exported, state
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["/die", "SIGKILL"])
 def test_an_engine_that_dies_is_started_again_and_the_session_goes_on(box: Sandbox, how: str) -> None:
@@ -330,11 +341,7 @@ def test_an_engine_that_hangs_while_it_is_started_again_is_killed_and_given_up(b
 
 @pytest.mark.slow
 def test_a_silent_request_does_not_end_an_engine_that_talks_to_another_session(box: Sandbox) -> None:
-    process = box.start("--proxy-only", env={"ANYCLAUDE_STALL_TIMEOUT": "1"})
-    exported = ready(process)
-    (state,) = box.engine_states()
-    tell(state["port"], "/deaf")
-    time.sleep(max(0.0, float(str(state["started"])) + 1.1 - time.time()))
+    process, exported, state = deafened(box)
     heard = box.home / ".anyclaude" / "run" / f"engine-{state['port']}.heard"
     stop = threading.Event()
 
@@ -436,11 +443,7 @@ def test_no_program_is_asked_in_the_working_directory(sandbox: Sandbox, monkeypa
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_is_started_again(box: Sandbox) -> None:
-    process = box.start("--proxy-only", env={"ANYCLAUDE_STALL_TIMEOUT": "1"})
-    exported = ready(process)
-    (state,) = box.engine_states()
-    tell(state["port"], "/deaf")
-    time.sleep(max(0.0, float(str(state["started"])) + 1.1 - time.time()))  # it must be older than its silence
+    process, exported, state = deafened(box)
     status, text = ask(exported, streamed=True)
     assert "was silent for 1 s" in text and "stallTimeout" in text, (status, text)
     wait_for(lambda: ask(exported)[0] == 200)
