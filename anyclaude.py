@@ -59,7 +59,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 try:
     import fcntl
@@ -101,11 +101,22 @@ class AnyclaudeError(Exception):
         self.message, self.fix = message, fix
 
 
+# How a message begins -> its colour on a terminal (SGR, ECMA-48).
+COLOURS = {"error:": "31", "warning:": "33", "fix:": "32"}
+WAITING_SECONDS = 30.0  # between two lines about the same wait, in a pipe
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether colours may be written to `stream`. Source: no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
 class Terminal:
-    """Messages on stderr. `waiting` keeps one live line on a terminal, and prints nothing in a pipe."""
+    """Messages on stderr. `waiting` keeps one live line on a terminal, and prints one now and then in a pipe."""
 
     def __init__(self) -> None:
         self._live = ""
+        self._told = 0.0
 
     def _write(self, text: str, live: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # a closed stderr must not end the session
@@ -115,12 +126,27 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print `text`, each line of it behind `[anyclaude]`."""
-        self._write("".join(f"[anyclaude] {plain(line)}\n" for line in text.split("\n")), "")
+        lines = [f"[anyclaude] {plain(line)}" for line in text.split("\n")]
+        if has_colours(sys.stderr):
+            lines = [f"\x1b[2m[anyclaude]\x1b[0m {_coloured(line[12:])}" for line in lines]
+        self._write("".join(f"{line}\n" for line in lines), "")
 
     def waiting(self, text: str) -> None:
-        """Put `text` in place of the live line; "" takes that away."""
-        if text != self._live and sys.stderr.isatty():
-            self._write(f"[anyclaude] {text}"[: shutil.get_terminal_size().columns - 1] if text else "", text)
+        """Put `text` in place of the live line; "" takes that away: the wait is over."""
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            if text != self._live:
+                self._write(f"[anyclaude] {text}"[: shutil.get_terminal_size().columns - 1] if text else "", text)
+        elif not text or not self._told:
+            self._told = now if text else 0.0
+        elif now - self._told > WAITING_SECONDS:
+            self._told = now
+            self.say(text)
+
+
+def _coloured(line: str) -> str:
+    word, space, rest = line.partition(" ")
+    return f"\x1b[{COLOURS[word]}m{word}\x1b[0m{space}{rest}" if word in COLOURS else line
 
 
 TERMINAL = Terminal()
@@ -148,20 +174,38 @@ def state_path(*parts: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the file at `path` in one step; mode 0600."""
+    write_text(path, json.dumps(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` in one step; mode 0600. Raises OSError."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp makes it 0600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file)
+            file.write(text)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-def read_json(path: Path) -> Json:
-    """The JSON object in `path`. Raises AnyclaudeError that names the file and, for bad JSON, line and column."""
+def without_comments(text: str) -> str:
+    """JSON with comments (`//`, `/* */`) and commas behind the last of a list, made JSON: spaces stand in their places,
+    so that every other character stays where it is."""
+
+    def blanked(pattern: str, text: str) -> str:
+        inside = r'("(?:\\.|[^"\\\n])*")|'
+        return re.sub(inside + pattern, lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text)
+
+    return blanked(r",(?=\s*[}\]])", blanked(r"//[^\n]*|/\*[\s\S]*?\*/", text))
+
+
+def read_json(path: Path, comments: bool = False) -> Json:
+    """The JSON object in `path`; `comments`: it may have some. Raises AnyclaudeError that names the file and, for bad
+    JSON, line and column."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content: Any = json.loads(without_comments(text) if comments else text)
         problem = "" if isinstance(content, dict) else f"expected an object, found {type(content).__name__}"
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
@@ -274,12 +318,31 @@ def gigabytes(size: float) -> str:
     return f"{size / (1 << 30):.1f} GB" if size >= 1 << 29 else f"{size / (1 << 20):.0f} MB"
 
 
-def agrees(question: str) -> bool:
-    """Ask a person, on a terminal; without one the answer is no."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    say(f"{question} [Y/n]")
-    return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")  # without a line end it was Ctrl-D
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{int(seconds)} s"
+
+
+def can_ask() -> bool:
+    """Whether a person is there to be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question: str) -> str:
+    """What a person answers, without spaces around it; Ctrl-D ends the program as Ctrl-C does."""
+    say(question)
+    answer = sys.stdin.readline()
+    if not answer:
+        raise KeyboardInterrupt
+    return answer.strip()
+
+
+def agrees(question: str, yes: bool = False) -> bool:
+    """Ask a person, on a terminal; without one the answer is no. `yes`: it was given on the command line."""
+    if yes:
+        say(f"{question} yes (--yes)")
+    return yes or (can_ask() and ask(f"{question} [Y/n]").lower() in ("", "y", "yes"))
 
 
 @contextlib.contextmanager
@@ -305,7 +368,8 @@ SETTINGS_FILE = ".anyclauderc.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to."""
+    """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to;
+    `file`: where a choice made on the terminal is kept; `given`: the fields that the command line set."""
 
     backend: str = "mlx"
     enabled: bool = True
@@ -334,6 +398,9 @@ class Settings:
     memory_limit: int = 0
     server_script: str = ""
     python_venv: str = ""
+    yes: bool = False
+    file: str = field(default="", compare=False)
+    given: Sequence[str] = field(default=(), compare=False)
     proxy_only: bool = False
     proxy_port: int = 0
     demo: bool = False
@@ -388,6 +455,7 @@ KEYS = (
     Key("proxy_only", "flag", flag="--proxy-only"),  # these are of one run, and never in a file
     Key("proxy_port", "0..65535", flag="--proxy-port"),
     Key("demo", "flag", flag="--demo"),
+    Key("yes", "flag", flag="--yes"),
     Key("debug", "0..3"),
 )
 OWN_OPTIONS = {key.flag: key for key in KEYS if key.flag}
@@ -432,7 +500,7 @@ def _is_text(value: Any) -> bool:
 def _absolute(text: str, folder: Path) -> str:
     """`~` and relative paths made absolute. What is not there and could be a Hugging Face id stays as it is."""
     path = folder / os.path.expanduser(text)
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not path.exists()
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+\.gguf)?", text) and not path.exists()
     return text if is_hub_id else os.path.normpath(path)
 
 
@@ -538,7 +606,7 @@ class _Sources:
     def file(self, path: Path, trusted: bool) -> tuple[str, dict[str, Json]]:
         """-> (the backend that a file chooses, its backends as layers)."""
         try:
-            content = read_json(path)
+            content = read_json(path, comments=True)
         except AnyclaudeError as error:
             self.problems.append(error.message)
             return "", {}
@@ -605,7 +673,8 @@ def load_settings(
     merged: Json = {"kind": "remote" if backend == "remote" else "mistralrs"}
     for layer in reversed([flags, variables, *(layers.get(backend, {}) for _, layers in files)]):
         merged.update(layer)
-    settings = Settings(backend=backend, **merged)
+    kept = cwd / os.path.expanduser(named) if named else home / SETTINGS_FILE
+    settings = Settings(backend=backend, file=str(kept), given=tuple(flags), **merged)
     name = f'backend "{backend}"'
     if not settings.enabled:
         sources.problems.append(f'{name} has "enabled": false. Enable it, or choose another as "backend".')
@@ -617,6 +686,82 @@ def load_settings(
         listed = "".join(f"\n  {problem}" for problem in sources.problems)
         raise AnyclaudeError(f"the settings cannot be used:{listed}", "Correct them, and run the same command again.")
     return settings, sources.warnings
+
+
+_MEMBER = re.compile(r'[\s,]*(?=")')
+_COLON = re.compile(r"\s*:\s*")
+
+
+def _members(text: str, at: int) -> dict[str, tuple[int, int]]:
+    """The members of the JSON object that opens at `at` -> where the value of each begins and ends."""
+    decode, found = json.JSONDecoder().raw_decode, {}
+    at += 1
+    while member := _MEMBER.match(text, at):
+        name, at = decode(text, member.end())
+        colon = _COLON.match(text, at)
+        begin = colon.end() if colon else at
+        at = decode(text, begin)[1]
+        found[name] = (begin, at)
+    return found
+
+
+def with_setting(text: str, keys: Sequence[str], value: Any) -> str:
+    """The text of a settings file with `value` under `keys`, outermost first. All else, comments too, stays as it is. Pure.
+    What stands under one of `keys` and is no object is replaced."""
+    clean = without_comments(text)
+    at = clean.index("{")
+    for depth, key in enumerate(keys):
+        members = _members(clean, at)
+        begin, end = members.get(key, (0, 0))
+        inner = functools.reduce(lambda content, name: {name: content}, reversed(keys[depth + 1 :]), value)
+        indent = "    " * (depth + 1)
+        if key not in members:
+            new = json.dumps({key: inner}, indent=4, ensure_ascii=False)[2:-2].replace("\n", "\n" + indent[4:])
+            rest = text[at + 1 :].lstrip(" \t")
+            behind = "," * (bool(members) or clean != text) + (
+                "" if rest.startswith(("\n", "\r")) else "\n" + indent[4 * (not members) :]
+            )
+            return f"{text[: at + 1]}\n{indent[4:]}{new}{behind}{rest}"
+        if depth == len(keys) - 1 or clean[begin] != "{":
+            new = json.dumps(inner, indent=4, ensure_ascii=False).replace("\n", "\n" + indent)
+            return text[:begin] + new + text[end:]
+        at = begin
+    return text
+
+
+# What `anyclaude init` writes: %s is the backend with what was chosen. Everything in it is as if it were not there.
+COMMENTED_SETTINGS = """\
+// The settings of anyclaude: JSON, in which comments and a comma too many are allowed.
+// The same keys may stand in .anyclauderc.json in a project's folder; options on the command line come first.
+{
+    "backend": "mlx",
+    "backends": {
+        "mlx": {
+            // The model: a folder, a .gguf file, or the name of a model on Hugging Face. `anyclaude models` lists yours.
+            // "modelPath": "~/models/Qwen3-Coder-30B-A3B-Instruct",
+
+            // Quantisation while loading, of a model that is not quantised yet: Q3K, Q4K, Q6K, Q8_0, or none.
+            // "isq": "Q4K",
+
+            // Tokens: of the window (otherwise what fits into memory), and of one reply at most.
+            // "contextWindow": 65536,
+            // "maxTokens": 32768,
+
+            // MB of memory that the engine may have, in place of what was found.
+            // "memoryLimit": 24000,
+
+            // Seconds for which the engine stays loaded when the last session is gone.
+            // "keepAlive": 600,
+        },
+        // A server that runs already, on this machine or another, with OpenAI's protocol: "backend": "remote" uses it.
+        "remote": {
+            // "baseUrl": "http://localhost:8000/v1",
+            // "apiKey": "...",
+            // "model": "...",
+        },
+    },
+}
+"""
 
 
 # === 3 Model ==================================================================================
@@ -854,12 +999,15 @@ def call_id(dialect: Dialect, identity: str, name: str, number: int) -> str:
     return hashlib.sha256(identity.encode("utf-8", "replace")).hexdigest()[:9] if dialect.short_ids else identity
 
 
+HubFiles = Mapping[str, tuple[int, str]]  # name -> (bytes, SHA-256, "" if the hub does not tell it)
+
+
 @dataclass(frozen=True)
 class Model:
     """A model as the engine is told of it. `path`: a folder, or a Hugging Face id; `arch`: the value of -a, "" where
     the engine detects it; `context`: tokens, 0 if unknown; `since`: the first engine that loads it; `files`: the GGUF
-    files in `path`; `weights`: their bytes; `linear`: (numbers, bytes) of those that can be quantised while loading;
-    `cache`: numbers that a token adds to the KV cache; `mlx`: "shadow" (its config.json hides from mistral.rs that it is
+    files in `path`; `hub`, `remote`: the repository and the files that must be downloaded first; `weights`: their bytes; `linear`: (numbers, bytes) of those that can be quantised while loading;
+    `cache`: numbers that a token adds to the KV cache; `stored`: the kind of its numbers, in words; `mlx`: "shadow" (its config.json hides from mistral.rs that it is
     quantised) or "experts"; `flaws`: (what is wrong, what to do), found before anything is loaded."""
 
     path: str
@@ -869,13 +1017,15 @@ class Model:
     quantised: bool = False
     sampling: Mapping[str, float] = field(default_factory=dict)
     since: Version = (0, 0, 0)
-    on_disk: bool = True
+    hub: str = ""
+    remote: HubFiles = field(default_factory=dict)
     sees: bool = False
     dialect: Dialect = Dialect(takes_text=True)
     files: tuple[str, ...] = ()
     weights: int = 0
     linear: tuple[int, int] = (0, 0)
     cache: int = 0
+    stored: str = ""
     mlx: str = ""
     flaws: tuple[tuple[str, str], ...] = ()
 
@@ -980,9 +1130,21 @@ def inspect_model(
         weights=sum(size for _, size in tensors.values()),
         linear=(sum(count for count, _ in linear), sum(size for _, size in linear)),
         cache=cache_numbers(config),
+        stored=_stored(config),
         mlx=mlx,
         flaws=flaws,
     )
+
+
+def _stored(config: Json) -> str:
+    """The kind of numbers that a config.json tells of, in words."""
+    text = {**as_object(config.get("text_config")), **config}
+    quantisation = as_object(text.get("quantization")) or as_object(text.get("quantization_config"))
+    bits, method = quantisation.get("bits"), str(quantisation.get("quant_method") or "MLX")
+    if quantisation:
+        return method.upper() + (f" {bits} bits" if type(bits) is int else "")
+    kind = str(text.get("torch_dtype") or text.get("dtype") or "").rpartition("torch.")[2]
+    return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(kind, kind)
 
 
 _LINEAR = re.compile(r"\.experts\.|(_proj|_linear|lm_head|dense|fc\d|\.w\d)\.weight$")  # what --isq quantises
@@ -1159,7 +1321,15 @@ GGML_SIZES |= {
     15: (292, 256),
     30: (2, 1),
 }
+_GGUF_KIND = re.compile(r"(?i)[-._](I?Q\d\w*|MXFP4|BF16|F16|F32)(?=[-.])")  # in a file's name, as people name them
+_LATER_PART = re.compile(r"-0*(?!0*1-)\d+-of-\d+\.gguf$")
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def gguf_kind(name: str) -> str:
+    """How a GGUF file is quantised, by its name."""
+    found = _GGUF_KIND.search(name)
+    return f"GGUF {found[1].upper()}" if found else "GGUF"
 
 
 def read_metadata(path: Path) -> Json:
@@ -1244,6 +1414,7 @@ def inspect_gguf(path: str, metadata: Json, template: str = "") -> Model:
         dialect=read_dialect(found if isinstance(found, str) else ""),
         files=(os.path.basename(path),),
         cache=cache_numbers(config),
+        stored=f"{kind} {gguf_kind(path)}",
         flaws=flaws,
     )
 
@@ -1267,37 +1438,98 @@ def _read_gguf(path: Path, template: str) -> Model:
     return dataclasses.replace(model, files=tuple(names), weights=weights, flaws=tuple(flaws))
 
 
-def ask_hub(path: str) -> str:
-    """A small file of the Hugging Face hub; "" if it cannot be had. Source: the hub's API, /api/models/NAME?blobs=true,
-    and /NAME/resolve/main/FILE."""
+HUB_SECONDS = 20.0  # without a byte
+HUB_TRIES = 5  # in a row, without a byte between them
+HUB_WEIGHTS = re.compile(
+    r"(?!consolidated)[^/]+\.safetensors"
+)  # consolidated: the same once more, in Mistral's own format
+HUB_SMALL = re.compile(r"[^/]+\.(json|jinja|txt|model)")
+
+
+def open_hub(path: str, begin: int = 0) -> Any:
+    """A response of the Hugging Face hub, from byte `begin` on. Raises AnyclaudeError where trying again does not help, and
+    OSError. Source: the hub's API, /api/models/NAME?blobs=true and /NAME/resolve/main/FILE, and huggingface_hub."""
     host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise AnyclaudeError("HF_HUB_OFFLINE is set, and this model is not on this disk.", "unset HF_HUB_OFFLINE")
+    request = urllib.request.Request(f"{host}/{urllib.parse.quote(path, safe='/?=')}")
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    kept = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")))
+    token = os.environ.get("HF_TOKEN") or (kept.read_text(encoding="utf-8").strip() if kept.is_file() else "")
+    if token:  # not for where it is redirected to
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    if begin:
+        request.add_header("Range", f"bytes={begin}-")
+    name = "/".join(path.partition("?")[0].replace("api/models/", "").split("/")[:2])
     try:
-        with urllib.request.urlopen(f"{host}/{path}", timeout=5) as reply:
+        return urllib.request.urlopen(request, timeout=HUB_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            fix = f"Correct the name; or, if it wants a licence accepted or a token: {host}/{name}\nthen: HF_TOKEN=hf_... anyclaude --model-path {name}"
+            message = f"{name} is no folder here, and Hugging Face has no such model or does not give it to everybody (HTTP {error.code})."
+            raise AnyclaudeError(message, fix) from None
+        raise
+
+
+def ask_hub(path: str) -> str:
+    """A small file of the hub. Raises AnyclaudeError."""
+    try:
+        with open_hub(path) as reply:
             return str(reply.read(16 << 20).decode("utf-8", "replace"))
-    except (OSError, ValueError, http.client.HTTPException):
-        return ""
+    except (OSError, http.client.HTTPException) as error:
+        message = f"this model is not on this disk, and Hugging Face cannot be asked for it: {error}."
+        raise AnyclaudeError(
+            message, "Check the connection, or name a folder that is here: --model-path /path/to/it"
+        ) from None
 
 
-def hub_files(name: str) -> dict[str, int]:
-    """The files of a model on Hugging Face, with their bytes; empty if the hub cannot be asked."""
+def hub_files(name: str) -> HubFiles:
+    """The files of a model on Hugging Face. Raises AnyclaudeError."""
+    found: dict[str, tuple[int, str]] = {}
     with contextlib.suppress(ValueError, RecursionError):
-        listed = as_list(as_object(json.loads(ask_hub(f"api/models/{name}?blobs=true"))).get("siblings"))
-        sizes = ((str(one.get("rfilename")), one.get("size")) for one in map(as_object, listed))
-        return {file: size for file, size in sizes if type(size) is int and 0 <= size < 1 << 50}
-    return {}
+        for one in map(
+            as_object, as_list(as_object(json.loads(ask_hub(f"api/models/{name}?blobs=true"))).get("siblings"))
+        ):
+            file, size = str(one.get("rfilename")), one.get("size")
+            if type(size) is int and 0 <= size < 1 << 50 and ".." not in file.split("/") and not file.startswith("/"):
+                found[file] = (size, str(as_object(one.get("lfs")).get("sha256") or ""))
+    return found
 
 
-def hub_model(name: str, arch: str, template: str) -> Model:
-    """A model that the engine is going to download, as far as its small files tell. Raises AnyclaudeError for what no
-    download would make loadable."""
-    model = Model(name, Path(name).name, arch, on_disk=False, dialect=read_dialect(template))
+def hub_place(name: str) -> Path:
+    """Where a model is downloaded to."""
+    return Path.home() / "models" / name
+
+
+def hub_model(path: str, arch: str, template: str) -> Model:
+    """A model on Hugging Face ("org/name" or "org/name/file.gguf"), as far as its small files tell before it is downloaded.
+    Raises AnyclaudeError for what no download would make loadable."""
+    name, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     files = hub_files(name)
-    place = f"~/models/{model.name}"
-    by_hand = f"hf download {{}} --local-dir {place}\nthen: anyclaude --model-path {place}"
-    ggufs = [file for file in files if file.endswith(".gguf")]
-    if ggufs and "config.json" not in files:
-        fix = by_hand.format(f"{name} {ggufs[0]}")
-        raise AnyclaudeError(f"{name} holds GGUF files, one of which is to be downloaded first.", fix)
+    ggufs = [one for one in files if one.endswith(".gguf") and "mmproj" not in one]
+    if file or (ggufs and not any(map(HUB_WEIGHTS.fullmatch, files))):
+        firsts = [one for one in ggufs if not _LATER_PART.search(one)]
+        chosen = [one for one in firsts if one == file] if file else firsts
+        if len(chosen) != 1:
+            listed = "".join(f"\n  --model-path {name}/{one}   ({gigabytes(files[one][0])})" for one in firsts[:30])
+            raise AnyclaudeError(
+                f"{name} has no {file}." if file else f"{name} holds {len(firsts)} GGUF models.",
+                f"Name one of them:{listed}",
+            )
+        parts = [one for one in ggufs if re.sub(r"-\d+(-of-)", r"\1", one) == re.sub(r"-\d+(-of-)", r"\1", chosen[0])]
+        inner = hub_place(name) / chosen[0]
+        known = KNOWN_MODELS.get(f"{name}/{chosen[0]}", Model("", ""))
+        return dataclasses.replace(
+            known,
+            path=str(inner.parent),
+            name=inner.stem,
+            quantised=True,
+            files=tuple(os.path.basename(one) for one in sorted(parts)),
+            weights=sum(files[one][0] for one in parts),
+            stored=known.stored or gguf_kind(chosen[0]),
+            hub=name,
+            remote={one: files[one] for one in parts},
+        )
 
     def content(file: str) -> Json:
         with contextlib.suppress(ValueError, RecursionError):
@@ -1305,50 +1537,123 @@ def hub_model(name: str, arch: str, template: str) -> Model:
         return {}
 
     config = content("config.json")
-    if not config:  # no network, or not for everybody: the engine may know a token
-        return model
+    if not config:
+        raise AnyclaudeError(
+            f"{name} on Hugging Face holds no model: it has no config.json and no .gguf file.", "Choose another."
+        )
     own = ask_hub(f"{name}/resolve/main/chat_template.jinja") if "chat_template.jinja" in files else ""
     own = own or as_template(content("tokenizer_config.json").get("chat_template"))
-    total = sum(size for file, size in files.items() if re.search(r"model.*\.safetensors$", file))
+    wanted = {one: files[one] for one in files if HUB_WEIGHTS.fullmatch(one) or HUB_SMALL.fullmatch(one)}
+    total = sum(size for one, (size, _) in wanted.items() if HUB_WEIGHTS.fullmatch(one))
     kept = [config.get(key) for key in ("vocab_size", "hidden_size")]
     embeddings = min(total, 2 * math.prod(one for one in kept if type(one) is int and 0 < one < 1 << 24))
     rest = total - embeddings  # of which 16 bits a number is what nearly all are stored in
     tensors = {"embed": (embeddings // 2, embeddings), "all_proj.weight": (rest // 2, rest)}
-    model = inspect_model(name, config, content("generation_config.json"), arch, template or own, tensors)
+    place = str(hub_place(name))
+    model = inspect_model(place, config, content("generation_config.json"), arch, template or own, tensors)
     flaws = [*model.flaws, *([] if template or own else [(f"{name} has no chat template.", NO_TEMPLATE)])]
-    if model.mlx:
-        flaws.append(
-            (f"{name} is quantised for MLX, and has to be on the disk before it is loaded.", by_hand.format(name))
+    return dataclasses.replace(model, hub=name, remote=wanted, flaws=tuple(flaws))
+
+
+class _Progress:
+    """How far a download is. `done`: bytes of `total` that are here."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.done, self._total, self._first, self._began = done, total, done, time.monotonic()
+
+    def show(self, more: int) -> None:
+        """`more` bytes came."""
+        self.done += more
+        rate = max(1.0, (self.done - self._first) / max(0.5, time.monotonic() - self._began))
+        parts = (
+            f"download: {self.done * 100 // max(1, self._total)} %",
+            f"{gigabytes(self.done)} of {gigabytes(self._total)}",
+            f"{rate / 1e6:.1f} MB/s",
+            f"{duration((self._total - self.done) / rate)} left",
         )
-    return dataclasses.replace(model, on_disk=False, arch=arch, flaws=tuple(flaws))
+        TERMINAL.waiting(", ".join(parts))
 
 
-class Download:
-    """How far the engine is with downloading a model of Hugging Face's into the cache."""
+def fetch_model(model: Model) -> None:
+    """Download a model's files to where it says it is; what is there already stays. Raises AnyclaudeError."""
+    place = hub_place(model.hub)
+    parts = {name: (place / name, place / f"{name}.part") for name in model.remote}
+    total = sum(size for size, _ in model.remote.values())
+    try:
+        for path, _ in parts.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        have = sum(one.stat().st_size for pair in parts.values() for one in pair if one.is_file())
+        free = shutil.disk_usage(place).free
+        if free < total - have + (1 << 30):
+            message = f"{model.name} takes {gigabytes(total - have)} more on the disk, and {gigabytes(free)} are free in {place}."
+            raise AnyclaudeError(message, "Make room, or choose a smaller model: anyclaude models")
+        say(f"downloading {model.name}: {gigabytes(total)} from Hugging Face to {place}")
+        progress = _Progress(total, have)
+        with contextlib.closing(os.fdopen(lock(place / ".downloading", fcntl.LOCK_EX | fcntl.LOCK_NB))):
+            for name, (path, part) in parts.items():
+                size, digest = model.remote[name]
+                if not (path.is_file() and path.stat().st_size == size):
+                    _fetch_file(f"{model.hub}/resolve/main/{name}", part, size, digest, progress)
+                    os.replace(part, path)
+        (place / ".downloading").unlink(missing_ok=True)
+    except BlockingIOError:
+        raise AnyclaudeError(
+            f"another session downloads {model.name}.", "Wait until it is done, then start again."
+        ) from None
+    except OSError as error:
+        raise AnyclaudeError(
+            f"{place}: {error.strerror or error}.", "Mend that, and start again: what came stays."
+        ) from None
+    except KeyboardInterrupt:
+        TERMINAL.waiting("")
+        raise AnyclaudeError("the download was stopped; what came stays.", "To go on: the same command again") from None
+    finally:
+        TERMINAL.waiting("")
 
-    def __init__(self, name: str) -> None:
-        self._folder, self._total = hub_folder(name, os.environ), 0
-        self._began, self._first, self._told = time.monotonic(), -1, 0.0
-        self._text = ""
-        threading.Thread(target=self._ask, args=(name,), daemon=True).start()
 
-    def _ask(self, name: str) -> None:
-        wanted = (".safetensors", ".json", ".jinja")
-        self._total = sum(size for file, size in hub_files(name).items() if file.endswith(wanted))
+def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progress) -> None:
+    """One file of the hub, from where an earlier try ended. Raises AnyclaudeError and OSError of the disk."""
+    failed = 0
+    with part.open("ab+") as file:
+        while file.seek(0, os.SEEK_END) < size or not size:
+            before = file.tell()
+            try:
+                with open_hub(path, before) as reply:
+                    if before and reply.status != 206:  # it begins anew
+                        progress.done -= file.tell()
+                        file.truncate(0)
+                    while data := reply.read(1 << 18):
+                        file.write(data)
+                        progress.show(len(data))
+                if not size:
+                    break
+            except (urllib.error.URLError, http.client.HTTPException, socket.timeout, ConnectionError) as error:
+                trouble: object = (
+                    error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+                )
+            else:
+                trouble = "it ended too soon"
+            file.flush()
+            failed = 0 if os.fstat(file.fileno()).st_size > before else failed + 1
+            if failed >= HUB_TRIES:
+                message = f"the download broke off {HUB_TRIES} times: {trouble}."
+                raise AnyclaudeError(message, "Check the connection, and start again: it goes on where it stopped.")
+            time.sleep(min(8.0, 0.5 * 2**failed) if failed else 0)
+        file.flush()
+        file.seek(0)
+        check = hashlib.sha256()
+        while digest and (data := file.read(1 << 20)):
+            check.update(data)
+        if file.seek(0, os.SEEK_END) != size or (digest and check.hexdigest() != digest):
+            file.truncate(0)
+            message = f"{path} did not come as Hugging Face has it (its SHA-256 or its size differs)."
+            raise AnyclaudeError(message, "Start again: that file is downloaded anew.")
 
-    def progress(self) -> str:
-        """In words, for a person, at most twice a second anew; "" before the first byte."""
-        now, done = time.monotonic(), 0
-        if now - self._told < 0.5:
-            return self._text
-        with contextlib.suppress(OSError):  # a file that was renamed just now
-            done = sum(path.stat().st_size for path in (self._folder / "blobs").iterdir())
-        self._first, self._told = (done if self._first < 0 else self._first), now
-        rate = (done - self._first) / max(0.5, now - self._began)
-        if done > self._first:
-            whole = f" of {gigabytes(self._total)}" if self._total else ""
-            self._text = f"download {gigabytes(done)}{whole}, {rate / 1e6:.1f} MB/s"
-        return self._text
+
+def gguf_models(folder: Path) -> list[Path]:
+    """The GGUF models in a folder: of one in parts the first, and no projector of images unless there is nothing else."""
+    ggufs = sorted(one for one in folder.glob("*.gguf") if one.is_file())
+    return [one for one in ggufs if not _LATER_PART.search(one.name) and "mmproj" not in one.name] or ggufs
 
 
 def read_model(path: str, arch: str = "", template: str = "") -> Model:
@@ -1356,26 +1661,97 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
     Raises AnyclaudeError for what cannot be a model."""
     folder = Path(path)
     if not folder.is_absolute():  # a Hugging Face id
-        snapshot = _hub_snapshot(path)
-        if snapshot and any((snapshot / name).exists() for name in ("config.json", *map(str, snapshot.glob("*.gguf")))):
-            model = read_model(str(snapshot), arch, template)
+        name, file = "/".join(folder.parts[:2]), "/".join(folder.parts[2:])
+        for place in filter(None, (hub_place(name), _hub_snapshot(name))):
+            if not (place / (file or "config.json")).exists() and (file or not gguf_models(place)):
+                continue
+            if any(place.rglob("*.part")):
+                continue  # its download goes on
+            model = read_model(str(place / file), arch, template)
             if not any(INCOMPLETE in message for message, _ in model.flaws):  # used as it lies, without the network
-                return dataclasses.replace(model, name=folder.name)
+                return model if file else dataclasses.replace(model, name=model.name if model.files else folder.name)
         return hub_model(path, arch, template)
     if not (folder.is_dir() or (folder.is_file() and folder.suffix.lower() == ".gguf")):
         what = "is neither a folder nor a .gguf file" if folder.exists() else "does not exist"
         raise AnyclaudeError(
             f"the model {path} {what}.", "Name the model's folder, or its .gguf file: --model-path /path/to/it"
         )
-    ggufs = [folder] if folder.is_file() else sorted(one for one in folder.glob("*.gguf") if one.is_file())
-    first = [one for one in ggufs if not re.search(r"-0*[1-9]\d*-of-\d+\.gguf$", one.name) or "-00001-of-" in one.name]
-    if folder.is_file() or (ggufs and not any(folder.glob("*.safetensors"))):
-        chosen = [one for one in first if "mmproj" not in one.name] or ggufs
+    chosen = [folder] if folder.is_file() else gguf_models(folder)
+    if folder.is_file() or (chosen and not any(folder.glob("*.safetensors"))):
         if len(chosen) > 1:
             listed = "".join(f"\n  --model-path {shlex.quote(str(one))}" for one in chosen)
             raise AnyclaudeError(f"{path} holds {len(chosen)} GGUF models.", f"Name one of them:{listed}")
         return _read_gguf(chosen[0], template)
     return _read_folder(folder, arch, template)
+
+
+# Models worth downloading, that call tools well: file -> bytes, tokens of context, numbers that a token adds to the cache,
+# GGUF architecture. All load in TESTED_TAG. Source: the files' metadata and sizes as published with them.
+_KNOWN = """
+    unsloth/Qwen3-4B-Instruct-2507-GGUF/Qwen3-4B-Instruct-2507-Q4_K_M.gguf 2497281120 262144 73728 qwen3
+    Qwen/Qwen3-8B-GGUF/Qwen3-8B-Q4_K_M.gguf 5027783488 40960 73728 qwen3
+    unsloth/Qwen3.5-9B-GGUF/Qwen3.5-9B-Q4_K_M.gguf 5680522464 262144 16384 qwen35
+    Qwen/Qwen3-14B-GGUF/Qwen3-14B-Q4_K_M.gguf 9001752960 40960 81920 qwen3
+    unsloth/gpt-oss-20b-GGUF/gpt-oss-20b-Q4_K_M.gguf 11624759488 131072 24576 gpt-oss
+    unsloth/Qwen3.6-27B-GGUF/Qwen3.6-27B-Q4_K_M.gguf 16817244384 262144 32768 qwen35
+    unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF/Qwen3-Coder-30B-A3B-Instruct-Q4_K_M.gguf 18556689568 262144 49152 qwen3moe
+"""
+
+
+def known_model(path: str, size: str, context: str, cache: str, kind: str) -> Model:
+    """A row of _KNOWN."""
+    since = next(version for version, kinds in GGUF_SINCE.items() if kind in kinds.split())
+    stored = f"{kind} {gguf_kind(path)}"
+    facts = {"context": int(context), "cache": int(cache), "weights": int(size), "since": since, "stored": stored}
+    return Model(path, Path(path).stem, quantised=True, files=(os.path.basename(path),), **facts)  # type: ignore[arg-type]
+
+
+KNOWN_MODELS = {row.split()[0]: known_model(*row.split()) for row in _KNOWN.strip().split("\n")}
+
+# Where programs and people keep models: a folder -> how many folders there may be between it and a model. Source: the
+# documentation of LM Studio, of llama.cpp (before 2026; now it is Hugging Face's cache) and of Jan.
+MODEL_FOLDERS = {
+    "~/models": 2,
+    "~/Models": 2,
+    "~/.lmstudio/models": 2,
+    "~/.cache/lm-studio/models": 2,
+    "~/.cache/llama.cpp": 0,
+    "~/Library/Caches/llama.cpp": 0,
+    "~/.local/share/Jan/data/llamacpp/models": 1,
+    "~/Library/Application Support/Jan/data/llamacpp/models": 1,
+}
+LM_STUDIO_SETTINGS = ("~/.lmstudio/settings.json", "~/.cache/lm-studio/settings.json")  # "downloadsFolder" is elsewhere
+
+
+def _models_below(folder: Path, depth: int) -> Iterator[Path]:
+    """The folders and the GGUF files that could be models."""
+    with contextlib.suppress(OSError):
+        yield from gguf_models(folder)
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            yield folder
+        elif depth >= 0:
+            inner = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+            for one in inner:
+                yield from _models_below(one, depth - 1)
+
+
+def models_on_disk(environ: Mapping[str, str]) -> list[str]:
+    """The models in the Hugging Face cache and in MODEL_FOLDERS, each as --model-path takes it, none twice."""
+    found: dict[str, str] = {}
+    cache = hub_folder("", environ).parent
+    for folder in sorted(cache.glob("models--*--*")):
+        name = folder.name[len("models--") :].replace("--", "/", 1)
+        snapshot = _hub_snapshot(name)
+        for path in _models_below(snapshot, 0) if snapshot else ():
+            found.setdefault(os.path.realpath(path), name if path == snapshot else str(path))
+    folders = dict(MODEL_FOLDERS)
+    for settings in LM_STUDIO_SETTINGS:
+        with contextlib.suppress(AnyclaudeError):
+            folders[str(read_json(Path(os.path.expanduser(settings))).get("downloadsFolder") or "~/models")] = 2
+    for place, depth in folders.items():
+        for path in _models_below(Path(os.path.expanduser(place)), depth):
+            found.setdefault(os.path.realpath(path), str(path))
+    return list(found.values())
 
 
 # === 4 Engine =================================================================================
@@ -1498,6 +1874,12 @@ def dotted(version: Version) -> str:
     return ".".join(map(str, version))
 
 
+def version_in(text: str) -> Version:
+    """The first version in `text`."""
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
+
+
 def lists(help_text: str, flag: str) -> bool:
     """Whether a --help text lists `flag`."""
     return re.search(rf"(?m)(^|[\s,]){re.escape(flag)}(?![\w-])", help_text) is not None
@@ -1608,7 +1990,7 @@ def command_line(
     """The argument list that serves `model` on the loopback. Pure. An `extra` flag that the model subcommand lists
     goes behind it, any other in front; what only helps is passed if the engine lists it."""
     generation = engine.generation
-    front = ["--port", str(port), generation.host, LOOPBACK, *(["--token-source", "none"] if model.on_disk else [])]
+    front = ["--port", str(port), generation.host, LOOPBACK, "--token-source", "none"]
     if plan.cached and lists(engine.help, "--prefix-cache-n"):
         front += ["--prefix-cache-n", str(plan.cached)]
     behind = [generation.text if model.arch else generation.auto, "-m", model.path]
@@ -1680,18 +2062,18 @@ def dialect_on(dialect: Dialect, version: Version) -> Dialect:
 
 def probe_engine(program: Path) -> Engine | None:
     """Ask a program for its generation and version; None if it is no mistral.rs that runs here."""
-    found = re.search(r"(?m)^(mistralrs(?:-server)?) (\d+)\.(\d+)\.(\d+)", output_of(str(program), "--version"))
+    found = re.search(r"(?m)^(mistralrs(?:-server)?) \d+\.\d+\.\d+", output_of(str(program), "--version"))
     if not found:
         return None
     generation = next(row for row in GENERATIONS if row.program == found[1])
     front = (str(program), *generation.front)
     helps = output_of(*front, generation.text, "--help"), output_of(*front, "--help")
-    return Engine(program, generation, (int(found[2]), int(found[3]), int(found[4])), *helps)
+    return Engine(program, generation, version_in(found[0]), *helps)
 
 
-def find_engine(settings: Settings, environ: Mapping[str, str], offer: bool = True) -> Engine:
+def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
     """The program to use: the setting, else the newest generation, in the first folder that has it. One that was built
-    here comes first. Offers to build it on a terminal."""
+    here comes first."""
     if settings.binary:
         engine = probe_engine(Path(settings.binary)) if is_program(Path(settings.binary)) else None
         if engine is None:
@@ -1707,13 +2089,9 @@ def find_engine(settings: Settings, environ: Mapping[str, str], offer: bool = Tr
             if engine:
                 return engine
             say(f"passing over {program}: it does not run here")
-    if offer and agrees("mistral.rs was not found. Build it now? That takes 10 to 40 minutes, once."):
-        engine = probe_engine(build(settings, environ))
-        if engine:
-            return engine
     raise AnyclaudeError(
         "mistral.rs was not found: no mistralrs or mistralrs-server on PATH or where its installers put it.",
-        "anyclaude build   (10 to 40 minutes, once)\n"
+        "anyclaude build   (10 to 40 minutes, once; or let all be set up: anyclaude --yes)\n"
         'or say where it is: "binary" in ~/.anyclauderc.json. To look around without a model: anyclaude --demo',
     )
 
@@ -1916,7 +2294,7 @@ def _build(plan: Build, environ: Mapping[str, str], chosen: bool) -> Path:
 
 def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: int, log_path: Path) -> None:
     """Run one step of a build, its output in the log and how far it is on the terminal. Raises AnyclaudeError."""
-    begun = told = time.monotonic()
+    begun = time.monotonic()
     pipe, joined, null = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
     process = subprocess.Popen(
         command, cwd=folder, env=dict(env), stdin=null, stdout=pipe, stderr=joined, start_new_session=True
@@ -1942,9 +2320,6 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
                 done = f"{progress[1]} of {progress[2]} crates, " if progress else ""
                 words = f"building: {done}{elapsed // 60:.0f}:{elapsed % 60:02.0f}"
                 TERMINAL.waiting(words if progress else f"{words} {line}")
-                if progress and time.monotonic() - told > 60 and not sys.stderr.isatty():
-                    told = time.monotonic()
-                    say(words)
         status = process.wait()
     except KeyboardInterrupt:
         raise AnyclaudeError("stopped; what is compiled stays.", "To go on: the same command again") from None
@@ -1964,7 +2339,7 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
 
 
 STATE_TYPES: dict[str, tuple[type, ...]] = {  # what is not of its type in a state file is passed over
-    **dict.fromkeys(("port", "pid", "parent", "crashes", "window", "keep_alive", "exit"), (int,)),
+    **dict.fromkeys(("port", "pid", "parent", "crashes", "window", "keep_alive", "exit", "weights"), (int,)),
     **dict.fromkeys(("started", "ready"), (int, float)),
     **dict.fromkeys(("born", "parent_born", "log", "model", "engine", "reason"), (str,)),
     "version": (list,),
@@ -2199,6 +2574,12 @@ def birth(pid: int) -> str:
     return "" if os.path.isdir("/proc/self") else output_of("ps", "-o", "lstart=", "-p", str(pid)).strip()
 
 
+def memory_of(group: int) -> int:
+    """The bytes of memory that the processes of a group have; 0 if there is none."""
+    rows = re.findall(r"(?m)^\s*(\d+)\s+(\d+)$", output_of("ps", "-A", "-o", "pgid=,rss="))
+    return sum(int(size) << 10 for number, size in rows if int(number) == group and group)
+
+
 def port_owner(port: int) -> tuple[int, str]:
     """Who listens on `port` -> (pid, name); (0, "") if that cannot be known."""
     asked = (
@@ -2280,7 +2661,7 @@ class EngineShare:
 
     def __init__(self, port: int, command: list[str], model: Model, **told: Any) -> None:
         """`told`: what the state says of the engine, for `status` and for those that join: engine (in words), keep_alive
-        and start_timeout (seconds), version, window."""
+        and start_timeout (seconds), version, window, weights (bytes)."""
         self.port, self.log = port, state_path("logs", "mistralrs-server.log")
         self._files, self._heard, self._served = _Files(port), 0.0, False
         self._spec = {"engine": "mistral.rs", "keep_alive": 0, "start_timeout": 600, **told}
@@ -2344,16 +2725,12 @@ class EngineShare:
             message = f"mistral.rs could not be started: {answer or 'its parent process died'}."
             raise AnyclaudeError(message, 'Check that program, or name another as "binary" in ~/.anyclauderc.json.')
 
-    def wait_until_ready(self, seconds: float, download: Callable[[], str] = str) -> str:
-        """Wait until the engine answers over HTTP -> the line of its log that says so, or "".
-
-        `download`: says how far a download is, which is not held against the time. Raises AnyclaudeError with the
-        log's last lines when it died or the time is over."""
-        started, before = time.monotonic(), ""
+    def wait_until_ready(self, seconds: float) -> str:
+        """Wait until the engine answers over HTTP -> the line of its log that says so, or "". Raises AnyclaudeError with
+        the log's last lines when it died or the time is over."""
+        started = looked = time.monotonic()
+        loaded = ""
         while not serves(self.port):
-            progress = download()
-            if progress != before:
-                started, before = time.monotonic(), progress
             elapsed = time.monotonic() - started
             if not self._files.engine_runs():
                 if "exit" not in self.state:
@@ -2361,14 +2738,20 @@ class EngineShare:
                 raise self._failure(f"ended while it started ({ending(self.state.get('exit'))})")
             if elapsed > seconds:
                 raise self._failure(f'did not answer within {seconds:.0f} s ("startTimeout" in ~/.anyclauderc.json)')
-            said = progress or f"{elapsed:.0f} s: {''.join(last_lines(self.log, 1))}"
-            TERMINAL.waiting(f"waiting for mistral.rs {said}")
+            if time.monotonic() - looked > 1:
+                looked, loaded = time.monotonic(), self._loaded()
+            TERMINAL.waiting(f"waiting for mistral.rs: {elapsed:.0f} s{loaded}: {''.join(last_lines(self.log, 1))}")
             time.sleep(0.1)
         TERMINAL.waiting("")
         if not owns(self._files.engine(), self.port):  # one that took the port while ours was loading
             raise port_taken("", self.port, "--engine-port")
         self._served = True
         return next((line for line in reversed(last_lines(self.log, 20)) if READY_LINE.search(line)), "")
+
+    def _loaded(self) -> str:
+        """How much of the weights is in memory, in words."""
+        weights, memory = self.state.get("weights", 0), memory_of(self._files.engine())
+        return f", {min(99, memory * 100 // weights)} % loaded" if weights > 0 and memory else ""
 
     def trouble(self) -> str:
         """Why there is no engine any more, and what to do; "" as long as there is one, or it is being restarted."""
@@ -3945,14 +4328,22 @@ class Reply:
         self._muted = False  # the call behind the only one that is allowed has begun
         self._engine_calls: list[Json] = []
         self.reason = ""
+        self.stop_reason = ""  # once it has ended
         self._output = 0
         self.counted = False  # the engine has told the prompt's tokens
+        self.tells_cached = False  # and how many of them it had cached
+        self.prompt_seconds = 0.0  # for which it says it read the prompt
         self.prompt = self._cached = 0
 
     @property
     def begun(self) -> bool:
         """Whether anything was said."""
         return self._state != "new"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model has begun to write."""
+        return self._index >= 0
 
     @property
     def usage(self) -> Json:
@@ -4026,6 +4417,7 @@ class Reply:
             reason = "tool_use"
         elif reason == "tool_use" and not self._calls:
             reason = "end_turn"
+        self.stop_reason = reason
         delta = {"stop_reason": reason, "stop_sequence": self._stop.found or None}
         self._emit("message_delta", delta=delta, usage=self.usage)
         self._emit("message_stop")
@@ -4035,7 +4427,7 @@ class Reply:
         """The reply ends with an error. Nothing is completed: an open call stays open."""
         if self._state == "ended":
             return []
-        self._state = "ended"
+        self._state, self.stop_reason = "ended", f"error {error.status}"
         self._events.append(error.body())
         return self._take()
 
@@ -4051,6 +4443,9 @@ class Reply:
         counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens"))
         pairs = zip(counts, (self.prompt, self._output, self._cached))
         self.counted |= type(counts[0]) is int and counts[0] > 0
+        self.tells_cached |= type(counts[2]) is int
+        seconds = usage.get("total_prompt_time_sec")  # mistral.rs
+        self.prompt_seconds = seconds if isinstance(seconds, (int, float)) and seconds > 0 else self.prompt_seconds
         self.prompt, self._output, self._cached = (new if type(new) is int and new > 0 else old for new, old in pairs)
 
     def _apply(self, events: Iterable[TextEvent]) -> None:
@@ -4333,6 +4728,149 @@ def _new_id() -> str:
     return secrets.token_hex(12)
 
 
+REQUESTS_LOG = ("logs", "requests.jsonl")
+REQUESTS_LOG_LIMIT = 4 << 20  # bytes; some 15,000 requests
+MEASURABLE = 500  # tokens of a prompt whose reading can be timed
+
+
+@dataclass
+class Measured:
+    """One request while it runs. Times in seconds on the monotonic clock; `first`: when the model began to write."""
+
+    reply: Reply
+    is_main: bool  # of the conversation itself, and not of a subagent
+    began: float
+    first: float = 0.0
+
+    def watching(self, batches: Iterator[list[Event]]) -> Iterator[list[Event]]:
+        """The same events; the first that the model wrote is noted."""
+        for events in batches:
+            if not self.first and self.reply.writes:
+                self.first = time.monotonic()
+            yield events
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Of what the model writes, so far; 0 before there is something to tell."""
+        output, seconds = self.reply.usage["output_tokens"], time.monotonic() - self.first
+        return output / seconds if self.first and output > 1 and seconds > 0 else 0.0
+
+
+class Meter:
+    """What the requests of a session take: a JSON line each in REQUESTS_LOG, figures only, and in `line`, a file that Claude
+    Code's status line shows, what happens now. `line`: None without one."""
+
+    def __init__(self, target: Target, share: EngineShare | None, line: Path | None) -> None:
+        self._target, self._share, self._line = target, share, line
+        self._session = f"{os.getpid()}-{time.time():.0f}"
+        self._running: list[Measured] = []
+        self._last: Json = {}
+        self._context = 0  # tokens
+        self._cold = 0.0  # tokens a second that the engine reads when it has nothing cached, as far as was seen
+        self._lock, self._changed = threading.Lock(), threading.Event()
+        if line:
+            threading.Thread(target=self._show, daemon=True).start()
+
+    @contextlib.contextmanager
+    def measuring(self, reply: Reply, is_main: bool) -> Iterator[Measured]:
+        """Measure one request, however it ends."""
+        one, outcome = Measured(reply, is_main, time.monotonic()), "error 500"
+        self._running.append(one)
+        self._changed.set()
+        try:
+            yield one
+            outcome = reply.stop_reason
+        except ApiError as error:
+            outcome = f"error {error.status}"
+            raise
+        except (_ClientLeft, ConnectionError, TimeoutError):
+            outcome = "left"
+            raise
+        finally:
+            self._running.remove(one)
+            self._note(one, outcome)
+            self._changed.set()
+
+    def _reused(self, one: Measured, prompt: int) -> int | None:
+        """How many of the prompt's tokens the engine had cached; None if that cannot be told. mistral.rs up to 0.9.4 does not
+        say it, but for how long it read: at the slowest rate that was seen, it can have read no more than so many."""
+        if one.reply.tells_cached:
+            return int(one.reply.usage["cache_read_input_tokens"])
+        if not one.reply.prompt_seconds or prompt < MEASURABLE or self._running:
+            return None
+        rate = prompt / one.reply.prompt_seconds
+        self._cold = min(self._cold or rate, rate)
+        reused = prompt - one.reply.prompt_seconds * self._cold
+        return int(reused) // 100 * 100 if reused > prompt / 10 else 0
+
+    def _note(self, one: Measured, outcome: str) -> None:
+        usage, now = one.reply.usage, time.monotonic()
+        prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        self._last = {
+            "time": round(time.time(), 3),
+            "session": self._session,
+            "model": self._target.name,
+            "subagent": not one.is_main,
+            "prompt_tokens": prompt,
+            "cached_tokens": self._reused(one, prompt),
+            "cached_is_estimated": not one.reply.tells_cached,
+            "output_tokens": usage["output_tokens"],
+            "time_to_first_token": round(one.first - one.began, 3) if one.first else None,
+            "tokens_per_second": round(one.tokens_a_second, 2) or None,
+            "seconds": round(now - one.began, 3),
+            "outcome": outcome,
+        }
+        if one.is_main and one.first:
+            self._context = self._last["prompt_tokens"] + self._last["output_tokens"]
+        with contextlib.suppress(OSError, AnyclaudeError):  # a full disk ends no session
+            path = state_path(*REQUESTS_LOG)
+            log = lock(path, fcntl.LOCK_EX)
+            if os.fstat(log).st_size > REQUESTS_LOG_LIMIT:
+                fresh = rotated_log(path)
+                os.close(log)
+                log = fresh
+            os.lseek(log, 0, os.SEEK_END)
+            os.write(log, f"{to_json(self._last)}\n".encode("utf-8", "replace"))
+            os.close(log)
+
+    def words(self) -> str:
+        """What happens now, and what the last request took, in one line."""
+        running, last, parts = self._running[-1:], self._last, [self._target.name]
+        if running and self._share and self._share.is_started_again():
+            parts.append("mistral.rs is started again")
+        elif running and not running[0].first:
+            waited = time.monotonic() - running[0].began
+            parts.append(f"reading {running[0].reply.prompt or ''} tokens, {waited:.0f} s".replace("  ", " "))
+        elif running:
+            parts.append(f"writing, {running[0].tokens_a_second:.1f} tokens/s")
+        elif last.get("tokens_per_second"):
+            parts.append(f"{last['tokens_per_second']:.1f} tokens/s")
+        if last.get("time_to_first_token") is not None:
+            about = "about " * last["cached_is_estimated"]
+            reused = f" ({about}{last['cached_tokens']} reused)" if last["cached_tokens"] is not None else ""
+            parts.append(f"prompt {last['prompt_tokens']} tokens{reused}")
+            parts.append(f"first token {last['time_to_first_token']:.1f} s")
+        if self._context and self._target.window:
+            parts.append(f"context {self._context * 100 // self._target.window} %")
+        return " | ".join(parts)
+
+    def _show(self) -> None:
+        while self._line:
+            self._changed.clear()
+            with self._lock, contextlib.suppress(OSError):
+                if self._line:
+                    write_text(self._line, f"{self.words()}\n")
+            self._changed.wait(1.0 if self._running else None)
+
+    def close(self) -> None:
+        """The session is over."""
+        with self._lock:
+            if self._line:
+                self._line.unlink(missing_ok=True)
+            self._line = None
+        self._changed.set()
+
+
 class _ClientLeft(Exception):
     """The client closed its connection."""
 
@@ -4461,10 +4999,12 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if missing:
             answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
             return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
+        is_main = "tools" in translated and "x-claude-code-agent-id" not in self.headers
         sent = [payload, data]  # taken from there as soon as it can go: a reply may take long
         self._body = b""
         del request, translated, payload, data
-        self._answer(streamed, self._batches(sent, reply))
+        with self.server.meter.measuring(reply, is_main) as measured:
+            self._answer(streamed, measured.watching(self._batches(sent, reply)))
 
     def _answer(self, streamed: bool, batches: Iterator[list[Event]]) -> None:
         """Send a reply's events, as a stream or collected."""
@@ -4624,9 +5164,10 @@ class Proxy(ThreadingHTTPServer):
         debug_level: int = 0,
         memory: Path | None = None,
         share: EngineShare | None = None,
+        line: Path | None = None,
     ) -> None:
         self.target, self.token = target, secrets.token_urlsafe(32)
-        self.share = share
+        self.share, self.meter = share, Meter(target, share, line)
         self._memory, self._learning = memory, threading.Lock()
         known: Json = {}
         with contextlib.suppress(AnyclaudeError):
@@ -4659,6 +5200,7 @@ class Proxy(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Stop serving; the thread would otherwise go on polling a socket that is closed."""
+        self.meter.close()
         if hasattr(self, "url"):
             self.shutdown()
         super().server_close()
@@ -4673,7 +5215,9 @@ class Proxy(ThreadingHTTPServer):
 
 DEFAULT_WINDOW = 32768  # tokens, where nothing says how many
 SMALL_WINDOW = 30000
-INSTALL_CLAUDE = ("npm", "install", "-g", "@anthropic-ai/claude-code")
+INSTALL_CLAUDE = ("npm", "install", "-g", "@anthropic-ai/claude-code@latest")  # without @latest, by Node.js' age
+CLAUDE_INSTALLER = "https://claude.ai/install.sh"  # source: Claude Code's documentation, "Set up"
+CLAUDE_BY_HAND = f"curl -fsSL {CLAUDE_INSTALLER} | bash\nor, with Node.js: {' '.join(INSTALL_CLAUDE)}"
 LEAN_TOOLS = "Bash,Read,Edit,Write,Glob,Grep,WebFetch"  # 13 kB of tools, not 50 to 86 (measured, 2.1.197 and 2.1.330)
 SKIP_PERMISSIONS = ("--dangerously-skip-permissions", "--allow-dangerously-skip-permissions")
 STABLE_PROMPT = "--exclude-dynamic-system-prompt-sections"  # the head of the prompt is then the same in every session
@@ -4738,29 +5282,51 @@ def claude_environment(environ: Mapping[str, str], session: Session) -> dict[str
     return {**defaults, **environ, **ours, **direct}
 
 
-def find_claude(settings: Settings, environ: Mapping[str, str], offer: bool = True) -> Path:
-    """Claude Code: the setting, PATH, ~/.local/bin, ~/.claude/local. Offers to install it on a terminal."""
+def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Claude Code: the setting, PATH, ~/.local/bin, ~/.claude/local."""
     if settings.claude_binary:
         if is_program(Path(settings.claude_binary)):
             return Path(settings.claude_binary)
         message = f"claudeBinary {settings.claude_binary} is not a program."
         raise AnyclaudeError(message, 'Correct "claudeBinary" in ~/.anyclauderc.json, or remove it.')
     folders = [*search_path(environ), Path.home() / ".local/bin", Path.home() / ".claude/local"]
-    found, npm = which("claude", folders), which(INSTALL_CLAUDE[0], search_path(environ))
-    if (
-        not found
-        and npm
-        and offer
-        and agrees(f"Claude Code was not found. Install it now with {' '.join(INSTALL_CLAUDE)} ?")
-    ):
-        subprocess.run([str(npm), *INSTALL_CLAUDE[1:]], stdout=sys.stderr.fileno(), check=False)
-        found = which("claude", folders)
+    found = which("claude", folders)
     if not found:
         message = "Claude Code (claude) was not found on PATH, in ~/.local/bin or in ~/.claude/local."
-        raise AnyclaudeError(
-            message, " ".join(INSTALL_CLAUDE) + ("" if npm else "   (needs Node.js: https://nodejs.org)")
-        )
+        raise AnyclaudeError(message, f"{CLAUDE_BY_HAND}\nor let it be done: anyclaude --yes")
     return found
+
+
+def set_up_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Claude Code; if it is missing, it is installed by npm, or else by its own installer, when the user agrees."""
+    try:
+        return find_claude(settings, environ)
+    except AnyclaudeError:
+        path = search_path(environ)
+        npm, bash = which("npm", path), which("bash", path)
+        way = " ".join(INSTALL_CLAUDE) if npm else f"its own installer, {CLAUDE_INSTALLER}"
+        question = f"Claude Code was not found. Install it now, with {way} ?"
+        if settings.claude_binary or not (npm or bash) or not agrees(question, settings.yes):
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(npm), *INSTALL_CLAUDE[1:]]
+        if npm:
+            shared = Path(output_of(str(npm), "prefix", "-g").strip() or "/") / "lib"
+            if not os.access(shared if shared.exists() else shared.parent, os.W_OK):  # the system's own Node.js
+                command[3:3] = ["--prefix", str(Path.home() / ".local")]
+        else:
+            command = [str(bash), f"{folder}/install.sh"]
+            try:
+                with urllib.request.urlopen(CLAUDE_INSTALLER, timeout=30) as reply:
+                    Path(command[1]).write_bytes(reply.read(1 << 20))
+            except (OSError, http.client.HTTPException) as error:
+                raise AnyclaudeError(f"{CLAUDE_INSTALLER} cannot be had: {error}.", CLAUDE_BY_HAND) from None
+        say(shlex.join(command))
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), check=False).returncode
+    if ended:
+        message = f"Claude Code was not installed ({ending(ended)}); what went wrong stands above."
+        raise AnyclaudeError(message, f"{CLAUDE_BY_HAND}\nthen start anyclaude again.")
+    return find_claude(settings, environ)
 
 
 def claude_help(program: Path) -> str:
@@ -4777,11 +5343,10 @@ def claude_help(program: Path) -> str:
     return str(kept[identity])
 
 
-def needs_no_model(arguments: Sequence[str], help_text: str) -> bool:
-    """Whether claude is asked for one of its own commands (mcp, update, ...), which talk to no model. Pure."""
+def claude_commands(help_text: str) -> set[str]:
+    """Claude Code's own commands (mcp, update, ...), which talk to no model. Pure."""
     commands = re.findall(r"(?m)^  ([a-z][^\s]*)", help_text.partition("\nCommands:")[2])
-    names = {name for command in commands for name in command.split("|")}
-    return bool(arguments) and arguments[0] in names | {"-v", "--version", "-h", "--help"}
+    return {name for command in commands for name in command.split("|")}
 
 
 def claude_settings(
@@ -4837,16 +5402,20 @@ def claude_arguments(arguments: Sequence[str], help_text: str, mode: str, prompt
 
 
 @contextlib.contextmanager
-def session_settings(named: Json, environment: Mapping[str, str]) -> Iterator[Path]:
+def session_settings(named: Json, environment: Mapping[str, str], line: Path | None) -> Iterator[Path]:
     """A private file with the settings that the user named and our variables: `env` in Claude Code's settings, which
-    may have come with a cloned project, wins over the environment and could send the session elsewhere."""
+    may have come with a cloned project, wins over the environment and could send the session elsewhere. `line`: the file
+    that the status line shows, None for no such line of ours."""
     ours = {name: environment[name] for name in (*OUR_VARIABLES, *NO_PROXIES)}
-    env = {**as_object(named.get("env")), **ours}
+    content = {**named, "env": {**as_object(named.get("env")), **ours}}
+    if line:
+        command = f"cat {shlex.quote(str(line))}"
+        content["statusLine"] = {"type": "command", "command": command, "refreshInterval": 1, "padding": 0}
     path = state_path("run", f"claude-{os.getpid()}.json")
-    for older in path.parent.glob("claude-[0-9]*.json"):  # of a session that was killed
+    for older in path.parent.glob("claude-[0-9]*"):  # of a session that was killed
         if not birth(int(re.sub(r"\D.*", "", older.stem.partition("-")[2]))):
             older.unlink(missing_ok=True)
-    write_json(path, {**named, "env": env})
+    write_json(path, content)
     try:
         yield path
     finally:
@@ -4900,26 +5469,32 @@ anyclaude {__version__}: Claude Code on your own model
 
   anyclaude [options] [anything for claude]
 
-  --model-path PATH        the model: a folder, a .gguf, a Hugging Face name
+Model
+  --model-path PATH        a folder, a .gguf file, or a Hugging Face name
   --arch NAME              its architecture, where config.json does not tell
   --isq NAME               quantise while loading (Q4K; none: not at all)
   --context-window TOKENS  use less than the model has
-  --prompt lean            fewer tools, a shorter prompt
+Server
   --engine-port PORT       mistral.rs' port (8081; 0: any free one)
   --base-url URL           use the OpenAI-compatible server there, start none
   --proxy-only             no Claude Code: print how to reach the proxy
   --proxy-port PORT        the proxy's port (any free one)
+Session
+  --prompt lean            fewer tools, a shorter prompt
   --demo                   see it work with no model at all
+  --yes                    set up what is missing without a question
   --config-file FILE       settings, in place of the .anyclauderc.json found
   --help, --version
-
-  anyclaude doctor         what is there, what is missing, what would be run
-  anyclaude build          build mistral.rs (--tag TAG: that version of it)
-  anyclaude status         the engine that runs: model, memory, sessions, speed
-  anyclaude stop           stop it (--force: with sessions open)
-  anyclaude logs           its log (-f: and what comes)
-
-Everything else, and all behind --, goes to claude.
+Commands
+  models   those on this disk, and some to download   (--json)
+  init     write the settings file, or change it
+  doctor   what is there, what is missing, what would be run   (--json)
+  build    build mistral.rs   (--tag TAG: that version of it)
+  status   the engine that runs: model, memory, sessions, speed   (--json)
+  stats    speed and tokens of the last sessions   (--json)
+  stop     stop the engine   (--force: with sessions open)
+  logs     its log   (-f: and what comes)
+Everything else, and all behind --, goes to claude unchanged.
 
   anyclaude --demo -p "Which files are here?"
   anyclaude --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct
@@ -4966,11 +5541,16 @@ def named_template(extra: Sequence[str]) -> str:
     return ""
 
 
+NO_MODEL = """\
+anyclaude models   (those that are here, and some to download)
+anyclaude --model-path /path/to/model
+or, to see it work with no model: anyclaude --demo"""
+
+
 def look_at_model(settings: Settings) -> Model:
     """The model of the settings, as far as it can be seen before it is loaded. Raises AnyclaudeError."""
     if not settings.model_path:
-        fix = "anyclaude --model-path /path/to/model\nor, to see it work with no model: anyclaude --demo"
-        raise AnyclaudeError("no model is configured.", fix)
+        raise AnyclaudeError("no model is configured.", NO_MODEL)
     return read_model(settings.model_path, settings.arch, named_template(settings.extra_args))
 
 
@@ -4998,6 +5578,168 @@ def make_plan(settings: Settings, model: Model, engine: Engine) -> Plan:
     return Plan(model, engine, machine, fit(model, machine, settings.isq, settings.context_window, widened))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A model that could be used. `path`: as --model-path takes it; `size`: bytes, on the disk or to download; `kind`: its
+    architecture and how it is stored; `window`: tokens that fit, 0 if unknown; `problem`: why it cannot be used; `note`: what
+    is good to know."""
+
+    path: str
+    size: int = 0
+    kind: str = ""
+    window: int = 0
+    problem: str = ""
+    note: str = ""
+
+    @property
+    def rank(self) -> tuple[bool, bool, int, int]:
+        """Better ones are larger: it can be used, nothing stands against it, it leaves room for a window, and is large."""
+        return not self.problem, not self.note, min(self.window, LEAN_WINDOW) // 8192, self.size
+
+
+# GGUF architectures with experts. Source: mistralrs-quant/src/gguf/mod.rs at v0.7.0 to v0.9.2, and mistral.rs#2365
+MIXTURES = re.compile(r"\A(\w*moe|gpt-oss|qwen3next|deepseek2) ")
+
+
+def weigh(settings: Settings, model: Model, engine: Engine, path: str) -> Choice:
+    """How a model would do here."""
+    kind = " ".join(filter(None, (model.arch, model.stored)))
+    note = "its chat template knows no tools" if model.dialect.hides_tools and not model.hub else ""
+    if model.files and MIXTURES.search(model.stored) and read_machine().accelerator == "metal":
+        note = "slow on a Mac: the experts of a GGUF file are computed by the processor"
+    choice = Choice(path, model.weights, kind, note=note)
+    try:
+        return dataclasses.replace(choice, window=make_plan(settings, model, engine).fit.window)
+    except AnyclaudeError as error:
+        return dataclasses.replace(choice, problem=error.message)
+
+
+def choices(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Choice], list[Choice]]:
+    """-> (the models on this disk, those worth downloading), the best of each first."""
+    engine = Engine(Path("mistralrs"), GENERATIONS[0], version_in(TESTED_TAG))  # which a build would give
+    with contextlib.suppress(AnyclaudeError):
+        engine = find_engine(settings, environ)
+    settings = dataclasses.replace(settings, arch="")  # of the model that is set
+    here = []
+    for path in models_on_disk(environ):
+        try:
+            place = _hub_snapshot(path) if not os.path.isabs(path) else None
+            here.append(weigh(settings, read_model(str(place or path)), engine, path))
+        except (AnyclaudeError, OSError) as error:
+            here.append(Choice(path, problem=error.message if isinstance(error, AnyclaudeError) else str(error)))
+    listed = {os.path.basename(one.path) for one in here if not one.problem}
+    known = [weigh(settings, model, engine, path) for path, model in KNOWN_MODELS.items()]
+    known = [one for one in known if os.path.basename(one.path) not in listed]
+    here.sort(key=operator.attrgetter("rank"), reverse=True)
+    known.sort(key=operator.attrgetter("rank"), reverse=True)
+    return here, known
+
+
+def show_choices(here: Sequence[Choice], known: Sequence[Choice]) -> list[str]:
+    """The list of `anyclaude models`: what can be used is numbered."""
+    lines, number = [], 0
+    for title, rows in (("On this disk:", here), ("To download, known to work with tools:", known)):
+        lines += [title] if rows else []
+        for row in rows:
+            number += not row.problem
+            window = f"window {row.window}" if row.window else "window unknown" * (not row.problem)
+            facts = f"{gigabytes(row.size) if row.size else '':>8}  {window:14}  {row.kind:22}  {short_path(row.path)}"
+            lines.append(f"{'-' if row.problem else number:>3}  {facts.lstrip() if not row.size else facts}")
+            told = (row.problem.replace(f"{Path.home()}{os.sep}", "~/"), row.note)
+            lines += [f"{'':15}{text}" for text in told if text]
+    return lines or ["No model was found on this disk."]
+
+
+def short_path(path: str) -> str:
+    """A path as people write it."""
+    home = str(Path.home())
+    return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
+
+
+def choose_model(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Ask which model to use, keep the answer in the settings file, and use it. With --yes it is the best on this
+    disk. Raises AnyclaudeError if there is none."""
+    here, known = choices(settings, environ)
+    usable = [one.path for one in (*here, *known) if not one.problem]
+    path = usable[0] if settings.yes and here and not here[0].problem else ""
+    if settings.yes and not path:
+        raise AnyclaudeError("no model on this disk can be used.", NO_MODEL)
+    if not path:
+        say("which model?\n" + "\n".join(show_choices(here, known)))
+    while not path:
+        first = " [1]" if usable else ""
+        answer = ask(f"A number from the list, a folder, a .gguf file, or a name on Hugging Face{first}:")
+        try:
+            path = picked(settings, answer or "1", usable)
+        except (AnyclaudeError, ValueError) as error:
+            say(str(error))
+    keep_settings(settings, [(("backends", settings.backend, "modelPath"), short_path(path))])
+    return dataclasses.replace(settings, model_path=path)
+
+
+def picked(settings: Settings, answer: str, usable: Sequence[str]) -> str:
+    """The model that an answer means. Raises AnyclaudeError, and ValueError for what is no path."""
+    if answer.isdecimal() and not 0 < int(answer) <= len(usable):
+        raise AnyclaudeError(f"the list has no number {answer}.", "")
+    path = usable[int(answer) - 1] if answer.isdecimal() else str(checked("path", answer, Path.cwd()))
+    look_at_model(dataclasses.replace(settings, model_path=path))
+    return path
+
+
+def keep_settings(settings: Settings, values: Iterable[tuple[Sequence[str], Any]]) -> None:
+    """Write values, each with its keys, into the user's settings file; everything else in it stays as it is, and where there
+    is no file a commented one is begun. Raises AnyclaudeError."""
+    path = Path(os.path.realpath(settings.file))  # not the link that may lead to it
+    text = COMMENTED_SETTINGS
+    if path.exists():
+        read_json(path, comments=True)
+        text = path.read_text(encoding="utf-8-sig")
+    wanted = "{}"
+    for keys, value in values:
+        text, wanted = (with_setting(one, keys, value) for one in (text, wanted))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        fix = f"Make it writable, or write into another, for --config-file:\n{wanted}"
+        raise AnyclaudeError(f"{path} cannot be written: {error.strerror}.", fix) from None
+    say(f"wrote {short_path(str(path))}")
+
+
+def set_up(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, Engine]:
+    """The engine, and the settings with a model. What is missing is set up if the user agrees, and all is asked before the first
+    wait. Raises AnyclaudeError that lists everything that is missing."""
+    engine, missing = None, []
+    try:
+        engine = find_engine(settings, environ)
+    except AnyclaudeError as error:
+        if settings.binary:
+            raise
+        missing.append(error)
+    if not settings.model_path:
+        missing.append(AnyclaudeError("no model is configured.", NO_MODEL))
+    if missing and not (settings.yes or can_ask()):
+        raise AnyclaudeError("\n".join(one.message for one in missing), "\n".join(one.fix for one in missing))
+    if not engine:
+        if not agrees("mistral.rs was not found. Build it now? 10 to 40 minutes, once.", settings.yes):
+            raise missing[0]
+        _tell_what_is_missing(check_build(plan_build(settings, environ), environ))
+    if not settings.model_path:
+        settings = choose_model(settings, environ)
+    return settings, engine or built_engine(settings, environ)
+
+
+def built_engine(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Engine:
+    """Build mistral.rs -> what came out. Raises AnyclaudeError."""
+    program = build(settings, environ, tag)
+    engine = probe_engine(program)
+    if not engine:
+        log = state_path("logs", "build.log")
+        raise AnyclaudeError(f"{program} was built, and does not run.", f"Read the log: less {log}")
+    say(f"ready: {engine}")
+    return engine
+
+
 @contextlib.contextmanager
 def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[tuple[Target, EngineShare | None]]:
     """Make an engine serve -> what the proxy must know of it. What was started is gone afterwards."""
@@ -5019,12 +5761,14 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[t
             url = f"http://{LOOPBACK}:{port}/v1"
             yield remote_target(target, settings, url, settings.model, window), share
     else:
+        settings, engine = set_up(settings, environ)
         model = look_at_model(settings)
-        plan = make_plan(settings, model, find_engine(settings, environ))
+        plan = make_plan(settings, model, engine)
+        if model.hub:
+            fetch_model(model)
+            model = look_at_model(settings)
+            plan = make_plan(settings, model, engine)
         with contextlib.closing(start_engine(plan, settings)) as share:
-            if not model.on_disk:  # it was downloaded meanwhile
-                model = look_at_model(settings)
-                plan = make_plan(settings, model, plan.engine)
             version, window = plan.engine.version, plan.fit.window
             if share.joined:  # one that another session started, as that session wanted it
                 told = [one for one in share.state.get("version", []) if type(one) is int]
@@ -5148,6 +5892,7 @@ def start_engine(plan: Plan, settings: Settings) -> EngineShare:
     command = plan.command(settings, port)
     make_shadow(plan.model)
     told = {"keep_alive": settings.keep_alive, "start_timeout": settings.start_timeout, "window": plan.fit.window}
+    told["weights"] = plan.fit.weights
     share = EngineShare(port, command, plan.model, **told, engine=str(plan.engine), version=plan.engine.version)
     laid = plan.fit
     if laid.token and laid.weights + 2 * laid.window * laid.token > plan.machine.memory:
@@ -5165,7 +5910,7 @@ def start_share(share: EngineShare, settings: Settings, model: Model, details: s
         say(f"joining the mistral.rs that runs: {words}" if share.joined else f"starting mistral.rs: {words}")
         say(f"model: {model.place}" + (f" ({details})" if details else ""))
         say(f"port: {share.port}\nwaiting until it serves (log: {share.log})")
-        line = share.wait_until_ready(settings.start_timeout, str if model.on_disk else Download(model.path).progress)
+        line = share.wait_until_ready(settings.start_timeout)
     except BaseException:
         share.close()
         raise
@@ -5175,15 +5920,23 @@ def start_share(share: EngineShare, settings: Settings, model: Model, details: s
 
 def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) -> int:
     """The session: engine, proxy, Claude Code -> the exit status."""
-    claude = None if settings.proxy_only else find_claude(settings, environ)  # before a model is loaded in vain
+    claude = None if settings.proxy_only else set_up_claude(settings, environ)  # before a model is loaded in vain
     if settings.proxy_port and not port_is_free(settings.proxy_port):
         raise port_taken("the proxy's ", settings.proxy_port, "--proxy-port")
-    if claude and needs_no_model(arguments, claude_help(claude)):
+    alone = {"-v", "--version", "-h", "--help"}
+    if claude and arguments and arguments[0] in alone | claude_commands(claude_help(claude)):
         return run_claude(claude, arguments, environ)
     memory = state_path("cache", "tokens.json")
+    named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
+    talks = claude is not None and can_ask() and sys.stdout.isatty() and not {"-p", "--print"} & {*arguments}
+    line = (
+        state_path("run", f"claude-{os.getpid()}.txt")
+        if talks and not any("statusLine" in one for one in (named, *others))
+        else None
+    )
     with (
         serving_target(settings, environ) as (target, share),
-        Proxy(settings.proxy_port, target, settings.debug, memory, share) as proxy,
+        Proxy(settings.proxy_port, target, settings.debug, memory, share, line) as proxy,
     ):
         say(f"Proxy URL: http://localhost:{proxy.server_address[1]}")
         if not target.window:
@@ -5202,22 +5955,23 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             by_hand = {name: environment[name] for name in ("ANTHROPIC_MODEL", *DEFAULT_VARIABLES)}
             exports = shlex.join(f"{name}={text}" for name, text in by_hand.items())
             say(f"for Claude Code by hand, also: export {exports}")
-            say("Ctrl-C ends it")
             if share:
                 threading.Thread(target=share.tell_of_crashes, daemon=True).start()
             with contextlib.suppress(KeyboardInterrupt, SystemExit), next_signal() as wait:  # a good end, here
+                say("Ctrl-C ends it")
                 print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
                 while True:
                     wait()
             return 0
-        named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
         mode = chosen_mode(arguments, [named, *others])
         explain_mode(mode)
-        with session_settings(named, environment) as path:
+        with session_settings(named, environment, line) as path:
             arguments = claude_arguments(arguments, claude_help(claude), mode, prompt, path)
             ended = run_claude(claude, arguments, environment)
         if share and (told := share.trouble() or share.history()):
             say(told)
+        elif talks and not ended:
+            say(as_called("to go on with this conversation: anyclaude --continue"))
         return ended
 
 
@@ -5242,7 +5996,6 @@ def engine_status(files: _Files) -> Json:
     """What can be said of an engine that runs. Bytes, seconds, tokens a second, percent."""
     state, pid = files.read_state(), files.engine()
     said = [found for found in map(THROUGHPUT.search, last_lines(Path(str(state.get("log"))), 200)) if found]
-    memory = re.findall(r"(?m)^\s*(\d+)\s+(\d+)$", output_of("ps", "-A", "-o", "pgid=,rss="))
     metrics = ""
     with contextlib.suppress(OSError, http.client.HTTPException):  # mistral.rs before 0.9.2 has none that help here
         metrics = (
@@ -5264,7 +6017,7 @@ def engine_status(files: _Files) -> Json:
         "state": ready if files.engine_runs() else "without a parent",
         "uptime": round(max(0.0, min(1e9, time.time() - state.get("started", time.time())))),
         "crashes": state.get("crashes", 0),
-        "memory": sum(int(size) << 10 for group, size in memory if int(group) == pid and pid),
+        "memory": memory_of(pid),
         "sessions": files.cards(),
         "tokens_per_second": float(said[-1][1]) if said else None,
         "prefix_cache_hits": round(100 * hits / lookups, 1) if lookups else float(said[-1][2]) if said else None,
@@ -5302,12 +6055,6 @@ def status(settings: Settings, options: Sequence[str]) -> int:
         }
         print("".join(f"{name:13}{plain(str(text))}\n" for name, text in rows.items()))
     return 0 if found else 1
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{int(seconds)} s"
 
 
 def stop(settings: Settings, options: Sequence[str]) -> int:
@@ -5401,7 +6148,7 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
     checks.append(Check("python", "ok", f"{python} ({sys.executable})"))
     examine(
         "claude",
-        lambda: find_claude(settings, environ, offer=False),
+        lambda: find_claude(settings, environ),
         lambda found: f"{found} {output_of(str(found), '--version').strip()}",
     )
     if settings.kind == "remote":
@@ -5417,7 +6164,7 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
     model = examine("model", lambda: look_at_model(settings), describe_model)
     for message, fix in model.flaws if model else ():
         checks.append(Check("model", "failure", message, fix))
-    engine = examine("engine", lambda: find_engine(settings, environ, offer=False), str)
+    engine = examine("engine", lambda: find_engine(settings, environ), str)
     if engine is None:
         plan = plan_build(settings, environ)
         checks.append(Check("build", "ok", f"anyclaude build would build {plan.words}"))
@@ -5454,7 +6201,9 @@ def describe_model(model: Model) -> str:
         "calls": model.dialect.calls,
         "quantised": "already" if model.quantised else "",
         "in": "GGUF" if model.files else "MLX, read through a folder of links" if model.mlx == "shadow" else "",
-        "no such folder here:": "" if model.on_disk else "taken for a name on Hugging Face, to be downloaded",
+        "to be downloaded from Hugging Face first:": gigabytes(sum(size for size, _ in model.remote.values()))
+        if model.hub
+        else "",
     }
     return ", ".join(f"{name} {text}".strip() for name, text in facts.items() if text)
 
@@ -5505,14 +6254,8 @@ def build_command(settings: Settings, options: Sequence[str]) -> int:
     tag = option_value(options, "--tag")
     if options and not tag:
         raise AnyclaudeError("--tag needs a value.", f"anyclaude build --tag {TESTED_TAG}")
-    program = build(settings, os.environ, tag)
-    engine = probe_engine(program)
-    if engine is None:
-        raise AnyclaudeError(
-            f"{program} was built, and does not run.", f"Read the log: less {state_path('logs', 'build.log')}"
-        )
-    say(f"ready: {engine}")
-    used = find_engine(settings, os.environ, offer=False)
+    program = built_engine(settings, os.environ, tag).program
+    used = find_engine(settings, os.environ)
     if not used.program.samefile(program):
         say(
             f'but {used} is found before it. To use the new one: "binary": "{program}" in the backend in ~/{SETTINGS_FILE}'
@@ -5520,10 +6263,118 @@ def build_command(settings: Settings, options: Sequence[str]) -> int:
     return 0
 
 
+def models(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude models [--json]`: what is on this disk, and what is worth downloading."""
+    here, known = choices(settings, os.environ)
+    if "--json" in options:
+        listed = {"on_disk": here, "to_download": known}
+        print(json.dumps({name: [dataclasses.asdict(one) for one in rows] for name, rows in listed.items()}, indent=2))
+        return 0
+    print("\n".join(map(plain, show_choices(here, known))))
+    print(f"\nset now: {short_path(settings.model_path) or 'none'}")
+    print(as_called("to use one: anyclaude --model-path NAME; for good: anyclaude init"))
+    return 0
+
+
+def init(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude init [own options]`: write the settings file, or change in it what the options say; on a terminal, and if they
+    say nothing of the model, ask for it."""
+    remote = "base_url" in settings.given
+    backend = "remote" if remote else settings.backend
+    values = [
+        (("backends", backend, key.json), short_path(value) if isinstance(value, str) else value)
+        for key in KEYS
+        if key.field in settings.given and key.json and (value := getattr(settings, key.field)) is not None
+    ]
+    asks = can_ask() and not remote and "model_path" not in settings.given
+    if not asks and not values and Path(settings.file).exists():
+        fix = "anyclaude init --model-path /path/to/model   (all else in it stays as it is)"
+        raise AnyclaudeError(f"{short_path(settings.file)} is there already.", fix)
+    if "model_path" in settings.given:
+        look_at_model(settings)  # a wrong one is not kept
+    if values or not asks:
+        keep_settings(settings, [*([(("backend",), backend)] if remote else []), *values])
+    if asks:
+        choose_model(settings, os.environ)
+    else:
+        say(as_called(f"what else may be set stands in {short_path(settings.file)}; to start: anyclaude"))
+    return 0
+
+
+def read_requests() -> list[Json]:
+    """What REQUESTS_LOG and the one before it hold, oldest first; what is not of its shape is passed over."""
+    path, found = state_path(*REQUESTS_LOG), []
+    for file in (path.with_name(f"{path.name}.1"), path):
+        with contextlib.suppress(OSError):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    found.append(as_object(json.loads(line)))
+    numbers = ("time", "prompt_tokens", "output_tokens", "seconds")
+    return [one for one in found if all(type(one.get(name)) in (int, float) for name in numbers)]
+
+
+def session_figures(requests: Sequence[Json]) -> Json:
+    """The figures of one session's requests; medians, of those that have them. Pure."""
+
+    def middle(name: str) -> float | None:
+        values = sorted(one[name] for one in requests if type(one.get(name)) in (int, float))
+        return values[len(values) // 2] if values else None
+
+    told = [one for one in requests if type(one.get("cached_tokens")) is int]
+    read = sum(one["prompt_tokens"] for one in told)
+    return {
+        "session": requests[0].get("session"),
+        "began": requests[0]["time"] - requests[0]["seconds"],
+        "model": requests[-1].get("model"),
+        "requests": len(requests),
+        "failed": sum(str(one.get("outcome")).startswith("error") for one in requests),
+        "prompt_tokens": max(one["prompt_tokens"] for one in requests),
+        "reused_percent": round(100 * sum(one["cached_tokens"] for one in told) / read, 1) if read else None,
+        "output_tokens": sum(one["output_tokens"] for one in requests),
+        "time_to_first_token": middle("time_to_first_token"),
+        "tokens_per_second": middle("tokens_per_second"),
+    }
+
+
+SHOWN_SESSIONS = 10
+STATS_COLUMNS = "began         model                       requests   prompt  reused  written  first token  tokens/s"
+
+
+def stats(settings: Settings, options: Sequence[str]) -> int:
+    """`anyclaude stats [--json]`: the figures of the last sessions."""
+    sessions: dict[str, list[Json]] = {}
+    for one in read_requests():
+        sessions.setdefault(str(one.get("session")), []).append(one)
+    rows = [session_figures(requests) for requests in sessions.values()][-SHOWN_SESSIONS:]
+    if "--json" in options:
+        print(json.dumps({"sessions": rows}, indent=2))
+        return 0
+    if not rows:
+        print(as_called("no request was answered yet; a first one: anyclaude --demo -p hi"))
+        return 0
+    fastest = max(row["tokens_per_second"] or 0 for row in rows) or 1
+    block = "\u2588" if "utf" in str(sys.stdout.encoding).lower() else "#"
+    print(STATS_COLUMNS)
+    for row in rows:
+        speed, first, reused = row["tokens_per_second"], row["time_to_first_token"], row["reused_percent"]
+        cells = (
+            f"{time.strftime('%b %d %H:%M', time.localtime(row['began']))}  {plain(str(row['model']))[:26]:26}",
+            f"{row['requests']:8}  {row['prompt_tokens']:7}  {'-' if reused is None else f'{reused:.0f} %':>6}",
+            f"{row['output_tokens']:7}  {'-' if first is None else f'{first:.2f} s':>11}",
+            f"{'-' if speed is None else f'{speed:.1f}':>8}  {block * math.ceil(8 * (speed or 0) / fastest)}",
+        )
+        print("  ".join(cells) + f"  {row['failed']} failed" * bool(row["failed"]))
+    print("prompt: tokens of the longest; first token, tokens/s: the median of the session's requests")
+    return 0
+
+
 # Name -> (what it does, its options, whether each takes a value).
 COMMANDS: dict[str, tuple[Callable[[Settings, Sequence[str]], int], dict[str, bool]]] = {
     "doctor": (doctor, {"--json": False}),
     "build": (build_command, {"--tag": True}),
+    "models": (models, {"--json": False}),
+    "init": (init, {}),
+    "stats": (stats, {"--json": False}),
     "status": (status, {"--json": False}),
     "stop": (stop, {"--force": False}),
     "logs": (logs, {"-f": False, "--follow": False}),
@@ -5548,6 +6399,36 @@ def command_options(name: str, rest: Sequence[str]) -> list[str]:
     return list(rest)
 
 
+def near_miss(arguments: Sequence[str], claude_help: str) -> tuple[str, str]:
+    """What looks like an option or a command of ours, and is none of claude's -> (it, the one that is meant); else ("", "").
+    Pure. `claude_help`: "" if there is no claude to ask, which calls for more likeness."""
+    own = [*OWN_OPTIONS, "--config-file", "--help", "--version"]
+    for argument in arguments:
+        given = argument.partition("=")[0]
+        name = "--" + given.lstrip("-").lower()
+        near = difflib.get_close_matches(name, own, 1, 0.78 if claude_help else 0.9)
+        near = near or [one for one in own if len(name) > 5 and one.startswith(name) and claude_help]
+        if len(given) > 3 and given[0] == "-" and near and given not in near and not lists(claude_help, given):
+            return given, near[0]
+    word = arguments[0] if len(arguments) == 1 and not arguments[0].startswith("-") else ""
+    near = difflib.get_close_matches(word, list(COMMANDS), 1, 0.75)
+    return (word, near[0]) if near and word not in claude_commands(claude_help) else ("", "")
+
+
+def check_typos(settings: Settings, arguments: Sequence[str]) -> None:
+    """Raises AnyclaudeError for a near miss of an option or a command of ours."""
+    if not near_miss(arguments, "")[0] and not any(argument.startswith("-") for argument in arguments):
+        return
+    known = ""
+    with contextlib.suppress(AnyclaudeError):
+        known = claude_help(find_claude(settings, os.environ))
+    given, meant = near_miss(arguments, known)
+    if given:
+        name = "option" if given.startswith("-") else "command"
+        fix = f"anyclaude {meant}" + (" ..." if name == "option" else "")
+        raise AnyclaudeError(f"anyclaude has no {name} {given}.", f"{fix}\nor, for claude: anyclaude -- {given}")
+
+
 def exit_on_signals() -> None:
     """Let TERM and HUP end the process as an exception does, so that all is stopped on the way out."""
 
@@ -5565,7 +6446,7 @@ def as_called(fix: str) -> str:
     """A fix whose commands begin as this one was called: not everybody has `anyclaude` on the PATH."""
     program = sys.argv[0] if sys.argv[0].endswith(".py") else ""
     called = f"python3 {shlex.quote(program)}" if program else "anyclaude"
-    return re.sub(r"\banyclaude (?=--|build|doctor|stop|status|logs|again)", lambda _: f"{called} ", fix)
+    return re.sub(rf"(?m)(?<![\w./-])anyclaude(?=$| (?:--|again|{'|'.join(COMMANDS)}))", lambda _: called, fix)
 
 
 def open_standard_streams() -> None:
@@ -5590,21 +6471,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exit_on_signals()
     try:
         own, rest = split_arguments(arguments)
-        if rest[:1] in (["--help"], ["--version"]) and "--" not in arguments:
-            print(USAGE.rstrip() if rest[0] == "--help" else f"anyclaude {__version__}")
+        if rest[:1] in (["--help"], ["-h"], ["--version"]) and "--" not in arguments:
+            print(f"anyclaude {__version__}" if rest[0] == "--version" else USAGE.rstrip())
             return 0
         if not os.path.isabs(os.path.expanduser("~")):
             raise AnyclaudeError(
                 "your home folder is not known: HOME is unset or relative.", "export HOME=/path/to/home"
             )
         command = rest[0] if rest and rest[0] in COMMANDS and arguments[-len(rest) - 1 : -len(rest)] != ["--"] else ""
-        if command in ("status", "stop", "logs"):  # these need no settings, and work with broken ones
+        if command in ("status", "stop", "logs", "stats"):  # these need no settings, and work with broken ones
             return COMMANDS[command][0](Settings(), command_options(command, rest[1:]))
         settings, warnings = load_settings(own, os.environ, Path.cwd(), Path.home())
         for warning in warnings:
             say(f"warning: {warning}")
         if command:
             return COMMANDS[command][0](settings, command_options(command, rest[1:]))
+        behind = len(arguments) - arguments.index("--") - 1 if "--" in arguments else 0
+        check_typos(settings, rest[: len(rest) - behind])
         return run(settings, rest, os.environ)
     except BrokenPipeError:  # `| head` has seen enough
         return 0

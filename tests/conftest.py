@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,36 @@ class Sandbox:
         process = self.start(*arguments, **options)
         out, err = process.communicate(text, timeout=timeout)  # type: ignore[arg-type]
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def on_terminal(
+        self, *arguments: str, answers: Sequence[tuple[str, str]] = (), env: object = None
+    ) -> tuple[int, str]:
+        """Run anyclaude on a terminal of 100 columns; each answer is typed when its question stands there -> the exit
+        status, and all that was shown."""
+        pid, terminal = pty.fork()
+        if pid == 0:  # pragma: no cover
+            os.chdir(self.work)
+            size = {"TERM": "xterm", "COLUMNS": "100"}
+            os.execve(sys.executable, [sys.executable, str(PROGRAM), *arguments], {**self.env, **size, **(env or {})})  # type: ignore[dict-item]
+        shown, queued, seen = "", list(answers), 0
+        deadline = time.monotonic() + 60
+        with contextlib.suppress(OSError):  # so a terminal ends on Linux
+            while time.monotonic() < deadline:
+                if not select.select([terminal], [], [], 1)[0]:
+                    continue
+                data = os.read(terminal, 4096)
+                if not data:
+                    break
+                shown += data.decode("utf-8", "replace")
+                if queued and queued[0][0] in shown[seen:]:
+                    seen = len(shown)
+                    os.write(terminal, queued.pop(0)[1].encode())
+            else:
+                os.killpg(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(terminal)
+        assert not queued, f"never asked: {queued[0][0]}\n{shown}"
+        return status, shown
 
     def settings(self, content: object, folder: Path | None = None) -> Path:
         """Write a settings file, by default the home's."""

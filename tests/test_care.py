@@ -30,7 +30,6 @@ import anyclaude
 from anyclaude import (
     GENERATIONS,
     AnyclaudeError,
-    Download,
     Engine,
     Fit,
     Machine,
@@ -533,28 +532,6 @@ def test_starts_at_the_same_moment_give_one_engine(box: Sandbox) -> None:
 # --- Downloads ---
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What Hugging Face would say of org/Big, and of org/Other (whose files are in `other`)."""
-
-    config: Any = None
-    other: Any = None
-
-    def do_GET(self) -> None:
-        files = {"model.safetensors": 3 << 30, "x.gguf": 9 << 30, "config.json": 1, "tokenizer_config.json": 1}
-        listed = self.other if self.path.startswith("/api/models/org/Other") else files
-        body = json.dumps({"siblings": [{"rfilename": name, "size": size} for name, size in listed.items()]})
-        if self.path.endswith("/resolve/main/config.json"):
-            body = json.dumps(self.config)
-        elif self.path.endswith("/resolve/main/tokenizer_config.json"):
-            body = json.dumps({"chat_template": "{{ tools }}<tool_call>{{ message.tool_calls }}"})
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -562,58 +539,6 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-
-
-def test_a_download_is_shown_in_bytes_of_all_and_its_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with serving(Hub) as url:
-        for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_ENDPOINT", url), ("no_proxy", "127.0.0.1")):
-            monkeypatch.setenv(name, value)
-        download = Download("org/Big")
-        wait_for(lambda: download._total)
-    assert download.progress() == ""  # nothing has come yet
-    blobs = tmp_path / "models--org--Big" / "blobs"
-    blobs.mkdir(parents=True)
-    with (blobs / "abc.part").open("wb") as file:
-        file.truncate(1 << 30)
-    download._told -= 1
-    assert re.fullmatch(r"download 1\.0 GB of 3\.0 GB, \d+\.\d MB/s", download.progress())
-
-
-def test_a_model_on_the_hub_is_looked_at_before_it_is_downloaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "max_position_embeddings": 40960,
-        "vocab_size": 150_000,
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-    }
-    with serving(Hub) as url:
-        for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_ENDPOINT", url), ("no_proxy", "127.0.0.1")):
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(Hub, "config", config)
-        model = anyclaude.read_model("org/Big")
-        assert (model.path, model.on_disk, model.arch, model.context) == ("org/Big", False, "", 40960)
-        assert (model.weights, model.cache, model.dialect.calls) == (3 << 30, 48 * 2 * 4 * 128, "hermes")
-        assert 0.28 < model.size("Q4K") / model.weights < 0.45 and not model.flaws
-        with pytest.raises(AnyclaudeError, match="does not fit"):
-            fit(model, Machine("", GB, ""), "Q4K")
-        monkeypatch.setattr(Hub, "config", {**config, "architectures": ["OlmoeForCausalLM"]})
-        with pytest.raises(AnyclaudeError, match="does not load"):
-            anyclaude.read_model("org/Big")
-        monkeypatch.setattr(Hub, "config", {**config, "quantization": {"bits": 4, "group_size": 64}})
-        assert "hf download org/Big" in anyclaude.read_model("org/Big").flaws[0][1]
-        monkeypatch.setattr(Hub, "other", {"a.gguf": 5, "README.md": 1})
-        with pytest.raises(AnyclaudeError, match="holds GGUF files") as caught:
-            anyclaude.read_model("org/Other")
-        assert "hf download org/Other a.gguf" in caught.value.fix
-        for nonsense in (None, [], "x"):
-            monkeypatch.setattr(Hub, "config", nonsense)
-            assert anyclaude.read_model("org/Big").weights == 0  # left to the engine
 
 
 # --- Remote servers ---

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import shutil
 import signal
 import socket
@@ -308,7 +306,7 @@ def test_a_tag_is_cloned_built_and_put_where_it_is_found_first(
     monkeypatch.setattr(anyclaude, "REPOSITORY", source.as_uri())
     program = build(Settings(), os.environ, "v0.8.1")
     assert program == sandbox.home / ".anyclaude" / "bin" / "mistralrs"
-    assert anyclaude.find_engine(Settings(), os.environ, offer=False).program == program
+    assert anyclaude.find_engine(Settings(), os.environ).program == program
     with pytest.raises(AnyclaudeError, match="git failed"):
         build(Settings(), os.environ, "v9.9.9")
     assert [path.name for path in (sandbox.home / ".anyclaude" / "src").glob("[!b]*")] == ["mistral.rs-v0.8.1"]
@@ -365,17 +363,8 @@ def test_cargo_is_called_with_the_package_and_its_progress_is_shown_on_a_termina
 @pytest.mark.slow
 def test_progress_is_a_live_line_on_a_terminal(builder: Sandbox) -> None:
     fake(builder, "cargo", r"""printf '    Building [==>   ] 7/321: serde\r'; sleep 0.3; exit 3""")
-    pid, terminal = pty.fork()
-    if pid == 0:  # pragma: no cover
-        os.chdir(builder.work)
-        os.execve(sys.executable, [sys.executable, str(anyclaude.__file__), "build"], builder.env)
-    shown = b""
-    with contextlib.suppress(OSError):
-        while data := os.read(terminal, 4096):
-            shown += data
-    os.waitpid(pid, 0)
-    os.close(terminal)
-    assert b"building: 7 of 321 crates, 0:00" in shown
+    _, shown = builder.on_terminal("build")
+    assert "building: 7 of 321 crates, 0:00" in shown
 
 
 @pytest.mark.slow
@@ -428,21 +417,8 @@ def test_what_was_built_before_does_not_pass_for_a_new_tag(builder: Sandbox) -> 
 def test_control_d_is_no_agreement(builder: Sandbox, tiny_model: Path) -> None:
     fake(builder, "cargo", 'touch "$HOME/called"')
     fake(builder, "claude", "exit 0")
-    pid, terminal = pty.fork()
-    if pid == 0:  # pragma: no cover
-        os.chdir(builder.work)
-        words = [sys.executable, str(anyclaude.__file__), "--model-path", str(tiny_model)]
-        os.execve(sys.executable, words, builder.env)
-    shown = b""
-    with contextlib.suppress(OSError):
-        while data := os.read(terminal, 4096):
-            shown += data
-            if b"[Y/n]" in shown:
-                os.write(terminal, b"\x04")
-                shown = shown.replace(b"[Y/n]", b"")
-    os.waitpid(pid, 0)
-    os.close(terminal)
-    assert b"Build it now?" in shown and b"mistral.rs was not found" in shown
+    status, shown = builder.on_terminal("--model-path", str(tiny_model), answers=[("[Y/n]", "\x04")])
+    assert status == 130 and "mistral.rs was not found. Build it now?" in shown and "stopped" in shown
     assert not (builder.home / "called").exists()
 
 

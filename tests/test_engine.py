@@ -91,10 +91,6 @@ def test_without_an_architecture_the_engine_detects_it() -> None:
     assert command_line(SERVER, Model("/m/x", "x"), 1)[-3:] == ["run", "-m", "/m/x"]
 
 
-def test_a_hugging_face_id_may_use_the_users_token() -> None:
-    assert "--token-source" not in command_line(SERVE, Model("org/x", "x", on_disk=False), 1)
-
-
 def test_extra_arguments_go_where_the_engine_reads_them() -> None:
     extra = ["--paged-attn", "off", "--max-seqs", "4", "-t", "tok.json", "--paged-attn-more=1"]
     line = command_line(SERVE, MODEL, 1, "", extra)

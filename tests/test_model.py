@@ -124,17 +124,12 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     model = read_model(str(tmp_path))
-    assert (model.arch, model.context, model.sampling, model.on_disk) == (
-        "qwen3moe",
-        262144,
-        {"temperature": 0.6},
-        True,
-    )
+    assert (model.arch, model.context, model.sampling, model.hub) == ("qwen3moe", 262144, {"temperature": 0.6}, "")
 
 
-def test_a_hugging_face_id_is_left_to_the_engine() -> None:
-    model = read_model("Qwen/Qwen3-8B")
-    assert (model.path, model.name, model.arch, model.on_disk) == ("Qwen/Qwen3-8B", "Qwen3-8B", "", False)
+def test_a_hugging_face_id_needs_the_hub() -> None:
+    with pytest.raises(AnyclaudeError, match="not on this disk, and Hugging Face cannot be asked"):
+        read_model("Qwen/Qwen3-8B")
 
 
 def test_what_cannot_be_a_model_is_a_clear_error(tmp_path: Path) -> None:
@@ -357,7 +352,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_model_in_the_hugging_face_cache_is_used_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     snapshot = hub(monkeypatch, tmp_path)
     model = read_model("org/Tiny")
-    assert (model.path, model.name, model.on_disk, model.context) == (str(snapshot), "Tiny", True, 131072)
+    assert (model.path, model.name, model.hub, model.context) == (str(snapshot), "Tiny", "", 131072)
 
 
 def test_a_model_in_the_cache_that_no_download_mends_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -376,12 +371,10 @@ def test_a_model_in_the_cache_that_no_download_mends_is_told(monkeypatch: pytest
         (snapshot / name).symlink_to(whole)
 
 
-def test_a_model_half_in_the_cache_is_left_to_the_engine_to_complete(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_model_half_in_the_cache_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (hub(monkeypatch, tmp_path) / "model.safetensors").unlink()
-    model = read_model("org/Tiny")
-    assert (model.path, model.on_disk, model.flaws) == ("org/Tiny", False, ())
+    with pytest.raises(AnyclaudeError, match="cannot be asked"):
+        read_model("org/Tiny")
 
 
 def gguf_bytes(metadata: dict[str, object], version: int = 3) -> bytes:

@@ -128,8 +128,10 @@ def test_every_key_can_come_from_the_environment(place: Place) -> None:
     assert place.load({}, {"ANYCLAUDE_EXTRA_ARGS": "--a 'b c'"})[0].extra_args == ["--a", "b c"]
 
 
-def test_every_field_of_settings_has_a_key_but_the_backends_name() -> None:
-    assert {key.field for key in anyclaude.KEYS} == {field.name for field in dataclasses.fields(Settings)} - {"backend"}
+def test_every_field_of_settings_has_a_key_but_those_about_the_sources() -> None:
+    about_the_sources = {"backend", "file", "given"}
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert {key.field for key in anyclaude.KEYS} == fields - about_the_sources
 
 
 def test_the_nearest_project_file_counts_and_the_home_file_below_it(place: Place) -> None:
