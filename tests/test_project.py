@@ -1,4 +1,4 @@
-"""The repository: its one file under old Pythons, its packages, its installer, and what the README says."""
+"""The repository: its one file under old Pythons, its packages, and what the README says."""
 
 from __future__ import annotations
 
@@ -104,26 +104,6 @@ def test_the_wheel_builds_installs_and_runs(checkout: Path, tmp_path: Path, sand
         run(tmp_path / "venv" / "bin" / "anyclaude", "--version", env=sandbox.env).stdout
         == f"anyclaude {anyclaude.__version__}\n"
     )
-
-
-@pytest.mark.slow
-def test_install_sh_installs_the_file_and_says_what_to_run(checkout: Path, sandbox: Sandbox) -> None:
-    for _ in range(2):
-        done = run("sh", "install.sh", cwd=checkout, env=sandbox.env)
-        installed = sandbox.home / ".local" / "bin" / "anyclaude"
-        assert installed.read_bytes() == PROGRAM.read_bytes() and os.access(installed, os.X_OK)
-        assert [path.name for path in installed.parent.iterdir()] == ["anyclaude"]
-        assert "PATH" in done.stderr
-    assert run(installed, "--version", env=sandbox.env).stdout.startswith("anyclaude ")
-
-
-@pytest.mark.slow
-def test_install_sh_outside_a_checkout_says_so(tmp_path: Path, sandbox: Sandbox) -> None:
-    shutil.copy(ROOT / "install.sh", tmp_path)
-    done = subprocess.run(
-        ["sh", str(tmp_path / "install.sh")], env=sandbox.env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and "checkout" in done.stderr and not (sandbox.home / ".local").exists()
 
 
 def commands_of_the_readme() -> list[str]:
