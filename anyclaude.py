@@ -2834,6 +2834,11 @@ def demo_reply(request: Json) -> str:
     offered = {tool.get("function", {}).get("name") for tool in request.get("tools") or []}
     if messages[-1].get("role") == "tool":
         listing = str(messages[-1].get("content", "")).strip()
+        listing = (
+            "(nothing: this folder is empty)"
+            if re.fullmatch(r"\(?\w+ completed with no output\)?|", listing)
+            else listing
+        )
         return f"This is the demo engine: no model runs, all else is real. The tool call answered:\n\n{listing}\n"
     calls = {"Bash": {"command": "ls -1", "description": "List the files here"}, "Glob": {"pattern": "*"}}
     for name in filter(offered.__contains__, calls):

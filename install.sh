@@ -1,10 +1,11 @@
 #!/bin/sh
 # Installs anyclaude as ~/.local/bin/anyclaude, or removes it. Beside anyclaude.py (a checkout) it copies that; piped
 # into a shell it downloads the one it was made for. All is in functions, so that half a download of it runs nothing.
+# shellcheck disable=SC2030,SC2031  the PATH of theirs() is meant to be another
 set -u
 
 version=0.1.0
-sha256=8847cb659c4846310a3482b96ab9fe8524f749470063fdcf8dca392b3c0a7491
+sha256=9a48e9a5f6ddb3990acb88d528a2d54eb59e14409a5815557d1f9fb51f6db3ac
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
@@ -48,6 +49,9 @@ quoted() {
     esac
 }
 
+# Where a program is on the PATH of the person, to which main adds.
+theirs() (PATH=$their_path && command -v "$1")
+
 is_anyclaude() { head -n 3 "$1" 2>/dev/null | grep -q "Claude Code on your own model"; }
 
 # Sets folder and target: where it is, or will be.
@@ -69,7 +73,7 @@ find_place() {
 find_python() {
     too_old=
     for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9 python; do
-        for python in "$(command -v "$name")" "/opt/homebrew/bin/$name" "/usr/local/bin/$name" "/usr/bin/$name"; do
+        for python in "$(theirs "$name")" "/opt/homebrew/bin/$name" "/usr/local/bin/$name" "/usr/bin/$name"; do
             case $python in /*) ;; *) continue ;; esac
             # Without the command line tools, macOS has a stub in its place, which opens a dialog.
             [ "$system:$python" != Darwin:/usr/bin/python3 ] || xcode-select -p >/dev/null 2>&1 || continue
@@ -138,7 +142,7 @@ install() {
     ensure "$source does not run with $python" "get another anyclaude.py" "$python" -I "$temporary" --version
     installed=$said
     # It names python3 as its interpreter. Where that is another, or none, it has to name this one.
-    [ "$python" = "$(command -v python3)" ] || ensure "cannot write to $folder" "$elsewhere" "$python" -I -c '
+    [ "$python" = "$(theirs python3)" ] || ensure "cannot write to $folder" "$elsewhere" "$python" -I -c '
 import os, pathlib, sys
 file, python = pathlib.Path(sys.argv[1]), os.fsencode(sys.argv[2])
 file.write_bytes(b"#!" + python + b"\n" + file.read_bytes().partition(b"\n")[2])' "$temporary" "$python"
@@ -150,7 +154,7 @@ file.write_bytes(b"#!" + python + b"\n" + file.read_bytes().partition(b"\n")[2])
 
 say_how_to_run() {
     run=$(quoted "$target")
-    case :$PATH: in
+    case :$their_path: in
     *":$folder:"* | *":$folder/:"*) ;;
     *)
         shown=$folder
@@ -167,7 +171,7 @@ say_how_to_run() {
         printf '\n    %s\n\n' "$line" >&2
         ;;
     esac
-    first=$(command -v anyclaude)
+    first=$(theirs anyclaude)
     case $first in
     "$target" | "$folder//anyclaude") run=anyclaude ;;
     ?*) say "warning: another anyclaude comes first on your PATH: $first" ;;
@@ -212,6 +216,8 @@ offer_to_remove() {
 }
 
 main() {
+    their_path=$PATH
+    PATH=$PATH:/usr/bin:/bin # for cp and the like, wherever it is run from
     system=$(uname -s)
     case $* in
     "") install ;;

@@ -98,12 +98,57 @@ def test_the_wheel_builds_installs_and_runs(checkout: Path, tmp_path: Path, sand
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", cwd=checkout)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert list((tmp_path / "dist").glob("*.tar.gz"))
+    version = f"anyclaude {anyclaude.__version__}\n"
     venv.create(tmp_path / "venv", with_pip=True)
     run(tmp_path / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-index", wheel)
+    assert run(tmp_path / "venv" / "bin" / "anyclaude", "--version", env=sandbox.env).stdout == version
+    tools = Path(sys.executable).parent
+    homes = {
+        "PIPX_HOME": str(tmp_path / "pipx"),
+        "PIPX_BIN_DIR": str(tmp_path / "bin"),
+        "UV_CACHE_DIR": str(tmp_path / "uv"),
+    }
+    for program in ("pipx", "uvx"):
+        if not (tools / program).exists():
+            pytest.skip(f"{program} is not here: pip install --group install")
+    env = {**os.environ, **homes, "PATH": sandbox.env["PATH"], "UV_PYTHON": sys.executable}
+    run(tools / "pipx", "install", "--python", sys.executable, ".", cwd=checkout, env=env)
+    assert run(tmp_path / "bin" / "anyclaude", "--version", env=sandbox.env).stdout == version
     assert (
-        run(tmp_path / "venv" / "bin" / "anyclaude", "--version", env=sandbox.env).stdout
-        == f"anyclaude {anyclaude.__version__}\n"
+        run(tools / "uvx", "--offline", "--no-index", "--from", wheel, "anyclaude", "--version", env=env).stdout
+        == version
     )
+
+
+def test_a_copy_of_the_file_runs_in_a_home_that_does_not_exist_yet(sandbox: Sandbox) -> None:
+    copy = sandbox.work / "my tool.py"
+    shutil.copy(PROGRAM, copy)
+    home = sandbox.home / "not" / "yet"
+    assert "no request was answered yet" in sandbox.run("stats", program=copy, env={"HOME": str(home)}).stdout
+    assert (home / ".anyclaude").stat().st_mode & 0o777 == 0o700
+    assert "wrote" in sandbox.run("init", program=copy, env={"HOME": str(home / "again")}).stderr
+
+
+@pytest.mark.outside
+@pytest.mark.slow
+def test_from_nothing_but_python_sh_and_npm_to_an_answer(checkout: Path, sandbox: Sandbox) -> None:
+    """Two commands, in an empty home."""
+    npm, node = shutil.which("npm"), shutil.which("node")
+    if not npm or not node or not os.environ.get("ANYCLAUDE_TEST_CLAUDE"):
+        pytest.skip("npm is not here, or Claude Code cannot be had")
+    for name, program in (("python3", sys.executable), ("sh", "/bin/sh"), ("npm", npm), ("node", node)):
+        (sandbox.bin / name).symlink_to(program)
+    kept = Path(os.environ.get("ANYCLAUDE_TEST_CACHE") or Path.home() / ".cache" / "anyclaude-tests") / "npm"
+    path = f"{sandbox.home}/.local/bin:{sandbox.bin}"
+    env = {**sandbox.env, "PATH": path, "npm_config_cache": str(kept), "npm_config_prefer_offline": "true"}
+    env["npm_config_prefix"] = "/nowhere"  # as on a system whose own folders are not the user's
+    (sandbox.work / "marker.txt").touch()
+    run(sandbox.bin / "sh", "install.sh", cwd=checkout, env=env)
+    done = run(
+        sandbox.bin / "sh", "-c", 'anyclaude --demo -p "hi" --yes', cwd=sandbox.work, env=env, stdin=subprocess.DEVNULL
+    )
+    assert "This is the demo engine" in done.stdout and "Claude Code was not found" in done.stderr
+    assert (sandbox.home / ".local" / "bin" / "claude").exists()
 
 
 def commands_of_the_readme() -> list[str]:
