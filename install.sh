@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs anyclaude as ~/.local/bin/anyclaude, or removes it. Beside anyclaude.py (a checkout) it copies that; piped
 # into a shell it downloads the one it was made for. All is in functions, so that half a download of it runs nothing.
-# shellcheck disable=SC2030,SC2031  the PATH of theirs() is meant to be another
+# shellcheck disable=SC2030,SC2031 # the PATH of theirs() is meant to be another
 set -u
 
 version=0.1.0
