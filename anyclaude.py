@@ -4828,15 +4828,12 @@ class Meter:
         if one.is_main and one.first:
             self._context = self._last["prompt_tokens"] + self._last["output_tokens"]
         with contextlib.suppress(OSError, AnyclaudeError):  # a full disk ends no session
-            path = state_path(*REQUESTS_LOG)
-            log = lock(path, fcntl.LOCK_EX)
-            if os.fstat(log).st_size > REQUESTS_LOG_LIMIT:
-                fresh = rotated_log(path)
-                os.close(log)
-                log = fresh
-            os.lseek(log, 0, os.SEEK_END)
-            os.write(log, f"{to_json(self._last)}\n".encode("utf-8", "replace"))
-            os.close(log)
+            path, line = state_path(*REQUESTS_LOG), f"{to_json(self._last)}\n".encode("utf-8", "replace")
+            with contextlib.closing(os.fdopen(lock(path.with_suffix(".lock"), fcntl.LOCK_EX))):
+                full = path.exists() and path.stat().st_size > REQUESTS_LOG_LIMIT
+                log = rotated_log(path) if full else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                with contextlib.closing(os.fdopen(log, "wb")) as file:
+                    file.write(line)
 
     def words(self) -> str:
         """What happens now, and what the last request took, in one line."""
@@ -6506,9 +6503,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The program: what a script, a wheel's command and an installed copy do."""
     code = main()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.exit(code)
     os._exit(code)  # the reader of stdout is gone; not even the interpreter need say so
+
+
+if __name__ == "__main__":
+    entry()

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=9a48e9a5f6ddb3990acb88d528a2d54eb59e14409a5815557d1f9fb51f6db3ac
+sha256=3dfd21b21e10c510ebfe2b0db7f4cca95bea29ba3dd589a61d8ce37b04a72bad
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,9 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 PROGRAM = ROOT / "anyclaude.py"
+# As the command of a wheel does; a script is compiled at each start, which a hundred tests would wait for.
+_COMMAND = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(PROGRAM)!r}; import anyclaude; anyclaude.entry()"
+AS_A_COMMAND = ("-c", _COMMAND)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,12 +59,14 @@ class Sandbox:
         }
         path = f"{self.bin}:/usr/local/bin:/usr/bin:/bin"
         self.env = {**kept, "HOME": str(self.home), "PATH": path, "HF_ENDPOINT": NO_HUB}
+        self.env["PYTHONPYCACHEPREFIX"] = str(folder.parent.parent / "compiled")  # not into the checkout
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
         """Start anyclaude; it is stopped at the latest when the test ends."""
+        program = options.pop("program", None)  # another than the one that is tested, or that one as a script
         process = subprocess.Popen(
-            [sys.executable, str(options.pop("program", PROGRAM)), *arguments],
+            [sys.executable, *([str(program)] if program else AS_A_COMMAND), *arguments],
             cwd=self.work,
             text=True,
             env={**self.env, **options.pop("env", {})},
@@ -85,15 +90,18 @@ class Sandbox:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def on_terminal(
-        self, *arguments: str, answers: Sequence[tuple[str, str]] = (), env: object = None
+        self, *arguments: str, answers: Sequence[tuple[str, str]] = (), env: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
         """Run anyclaude on a terminal of 100 columns; each answer is typed when its question stands there -> the exit
         status, and all that was shown."""
         pid, terminal = pty.fork()
         if pid == 0:  # pragma: no cover
-            os.chdir(self.work)
-            size = {"TERM": "xterm", "COLUMNS": "100"}
-            os.execve(sys.executable, [sys.executable, str(PROGRAM), *arguments], {**self.env, **size, **(env or {})})  # type: ignore[dict-item]
+            try:
+                os.chdir(self.work)
+                whole = {**self.env, "TERM": "xterm", "COLUMNS": "100", **(env or {})}
+                os.execve(sys.executable, [sys.executable, *AS_A_COMMAND, *arguments], whole)
+            finally:  # else this would go on as a second pytest
+                os._exit(127)
         shown, queued, seen = "", list(answers), 0
         deadline = time.monotonic() + 60
         with contextlib.suppress(OSError):  # so a terminal ends on Linux

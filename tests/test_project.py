@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, ROOT, Sandbox
 
 import anyclaude
+
+CACHE = Path(os.environ.get("ANYCLAUDE_TEST_CACHE") or Path.home() / ".cache" / "anyclaude-tests")
 
 
 def run(
@@ -66,8 +67,8 @@ def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_the_type_hints_are_right(tmp_path: Path) -> None:
-    run(sys.executable, "-m", "mypy", "--strict", "--python-version=3.10", f"--cache-dir={tmp_path}", PROGRAM)
+def test_the_type_hints_are_right() -> None:
+    run(sys.executable, "-m", "mypy", "--strict", "--python-version=3.10", f"--cache-dir={CACHE / 'mypy'}", PROGRAM)
 
 
 @pytest.mark.slow
@@ -95,23 +96,20 @@ def test_it_runs_from_a_read_only_folder_and_leaves_nothing_beside_itself(sandbo
 
 @pytest.mark.slow
 def test_the_wheel_builds_installs_and_runs(checkout: Path, tmp_path: Path, sandbox: Sandbox) -> None:
-    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", cwd=checkout)
+    tools = Path(sys.executable).parent
+    if not (tools / "uv").exists() or not (tools / "pipx").exists():
+        pytest.skip("uv or pipx is not here: pip install --group install")
+    with_uv = {**os.environ, "PATH": f"{tools}:{sandbox.env['PATH']}", "UV_CACHE_DIR": str(CACHE / "uv")}
+    run(sys.executable, "-m", "build", "--installer=uv", "--outdir", tmp_path / "dist", cwd=checkout, env=with_uv)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert list((tmp_path / "dist").glob("*.tar.gz"))
     version = f"anyclaude {anyclaude.__version__}\n"
-    venv.create(tmp_path / "venv", with_pip=True)
-    run(tmp_path / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-index", wheel)
-    assert run(tmp_path / "venv" / "bin" / "anyclaude", "--version", env=sandbox.env).stdout == version
-    tools = Path(sys.executable).parent
-    homes = {
+    env = {
+        **with_uv,
+        "UV_PYTHON": sys.executable,
         "PIPX_HOME": str(tmp_path / "pipx"),
         "PIPX_BIN_DIR": str(tmp_path / "bin"),
-        "UV_CACHE_DIR": str(tmp_path / "uv"),
     }
-    for program in ("pipx", "uvx"):
-        if not (tools / program).exists():
-            pytest.skip(f"{program} is not here: pip install --group install")
-    env = {**os.environ, **homes, "PATH": sandbox.env["PATH"], "UV_PYTHON": sys.executable}
     run(tools / "pipx", "install", "--python", sys.executable, ".", cwd=checkout, env=env)
     assert run(tmp_path / "bin" / "anyclaude", "--version", env=sandbox.env).stdout == version
     assert (
@@ -138,9 +136,8 @@ def test_from_nothing_but_python_sh_and_npm_to_an_answer(checkout: Path, sandbox
         pytest.skip("npm is not here, or Claude Code cannot be had")
     for name, program in (("python3", sys.executable), ("sh", "/bin/sh"), ("npm", npm), ("node", node)):
         (sandbox.bin / name).symlink_to(program)
-    kept = Path(os.environ.get("ANYCLAUDE_TEST_CACHE") or Path.home() / ".cache" / "anyclaude-tests") / "npm"
     path = f"{sandbox.home}/.local/bin:{sandbox.bin}"
-    env = {**sandbox.env, "PATH": path, "npm_config_cache": str(kept), "npm_config_prefer_offline": "true"}
+    env = {**sandbox.env, "PATH": path, "npm_config_cache": str(CACHE / "npm"), "npm_config_prefer_offline": "true"}
     env["npm_config_prefix"] = "/nowhere"  # as on a system whose own folders are not the user's
     (sandbox.work / "marker.txt").touch()
     run(sandbox.bin / "sh", "install.sh", cwd=checkout, env=env)
@@ -195,7 +192,6 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     assert anyclaude.READY_LINE.search(shell("python3 anyclaude.py logs"))
     assert "no engine runs" in shell("python3 anyclaude.py status; python3 anyclaude.py stop")
     # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
-    cache = os.environ.get("ANYCLAUDE_TEST_CACHE") or str(Path.home() / ".cache" / "anyclaude-tests")
     assert (
         "passed"
         in run(
@@ -205,6 +201,6 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
             "tests/test_model.py",
             "-k=architecture",
             cwd=checkout,
-            env={**os.environ, "ANYCLAUDE_TEST_CACHE": cache},
+            env={**os.environ, "ANYCLAUDE_TEST_CACHE": str(CACHE)},
         ).stdout
     )

@@ -552,27 +552,26 @@ SDK_REPLIES: dict[str, tuple[list[str], list[str], str]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SDK_REPLIES)
-def test_the_stream_helper_of_anthropics_sdk_reads_every_reply(name: str) -> None:
-    import anthropic  # takes a second
+def test_the_stream_helper_of_anthropics_sdk_reads_every_reply() -> None:
+    import anthropic  # takes a second, which each worker would wait for
 
-    lines, kinds, reason = SDK_REPLIES[name]
-    with serving(lines) as (proxy, _):
-        client = anthropic.Anthropic(base_url=proxy.url, auth_token=proxy.token, api_key=None, max_retries=0)
-        ask_for: dict[str, Any] = {**REQUEST, "tools": [BASH], "stop_sequences": ["STOP"]}
-        with client.messages.stream(**ask_for) as stream:
-            events = [event.type for event in stream]
-            message = stream.get_final_message()
-        whole = client.messages.create(**ask_for)
-    assert [block.type for block in message.content] == kinds and message.stop_reason == reason
-    assert events[0] == "message_start" and events[-1] == "message_stop"
-    if reason != "max_tokens":
-        assert [block.type for block in whole.content] == kinds
-        strip = {"id"}
-        for one, other in zip(message.content, whole.content):
-            assert one.model_dump(exclude=strip) == other.model_dump(exclude=strip)
-    if name == "calls":
-        assert message.content[1].input == {"command": CODE}
+    for name, (lines, kinds, reason) in SDK_REPLIES.items():
+        with serving(lines) as (proxy, _):
+            client = anthropic.Anthropic(base_url=proxy.url, auth_token=proxy.token, api_key=None, max_retries=0)
+            ask_for: dict[str, Any] = {**REQUEST, "tools": [BASH], "stop_sequences": ["STOP"]}
+            with client.messages.stream(**ask_for) as stream:
+                events = [event.type for event in stream]
+                message = stream.get_final_message()
+            whole = client.messages.create(**ask_for)
+        assert [block.type for block in message.content] == kinds and message.stop_reason == reason, name
+        assert events[0] == "message_start" and events[-1] == "message_stop", name
+        if reason != "max_tokens":
+            assert [block.type for block in whole.content] == kinds, name
+            strip = {"id"}
+            for one, other in zip(message.content, whole.content):
+                assert one.model_dump(exclude=strip) == other.model_dump(exclude=strip), name
+        if name == "calls":
+            assert message.content[1].input == {"command": CODE}
 
 
 @pytest.mark.slow
