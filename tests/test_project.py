@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, ROOT, Sandbox
+from test_care import serving
 
 import anyclaude
 
@@ -148,26 +150,51 @@ def test_from_nothing_but_python_sh_and_npm_to_an_answer(checkout: Path, sandbox
     assert (sandbox.home / ".local" / "bin" / "claude").exists()
 
 
+URL = "https://raw.githubusercontent.com/anyclaude/anyclaude/main"
+
+
 def commands_of_the_readme() -> list[str]:
-    """The indented command lines of the README, without their comments."""
-    lines = re.findall(r"^    ((?:python3|sh) .+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return [line.split("#")[0].strip() for line in lines]
+    """The indented command lines of the README."""
+    return re.findall(r"^    ((?:anyclaude|curl|sh) .+|anyclaude)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
 def test_the_readmes_commands_are_the_ones_that_are_run_here() -> None:
+    model = "~/models/Qwen3-Coder-30B-A3B-Instruct"
     assert commands_of_the_readme() == [
-        "python3 anyclaude.py --demo",
-        "python3 anyclaude.py",
+        f"curl -fsSL {URL}/install.sh | sh",
+        "anyclaude --demo",
+        "anyclaude",
+        'anyclaude -p "Explain this repository"',
+        f"anyclaude --model-path {model}",
+        "anyclaude doctor",
+        "anyclaude stats",
+        "anyclaude status",
+        "anyclaude logs",
+        "anyclaude stop",
+        "anyclaude init",
+        f"anyclaude init --model-path {model}",
+        "anyclaude models",
+        "anyclaude build",
+        "anyclaude --base-url http://localhost:8000/v1",
+        "anyclaude init --base-url http://localhost:8000/v1",
+        "anyclaude --proxy-only",
         "sh tests/run",
-        "python3 anyclaude.py doctor",
-        "python3 anyclaude.py build",
-        "python3 anyclaude.py --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct",
-        "python3 anyclaude.py status",
-        "python3 anyclaude.py logs",
-        "python3 anyclaude.py stop",
-        "sh install.sh",
+        "sh install.sh --uninstall",
     ]
     assert (ROOT / ".ci" / "run").read_text().split("\n")[1:] == ["exec sh tests/run", ""]
+
+
+def test_the_readme_names_every_setting_and_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("## Settings")[2].partition("## Models")[0]
+    missing = [key.json for key in anyclaude.KEYS if key.json and f"`{key.json}`" not in table]
+    assert missing == ["serverScript", "pythonVenv"]  # deprecated
+    assert all(f"anyclaude {command}" in text for command in anyclaude.COMMANDS)
+    assert all(
+        f"`{option}`" in text
+        for option in anyclaude.OWN_OPTIONS
+        if option not in ("--proxy-port", "--proxy-only", "--demo")
+    )
 
 
 @pytest.mark.outside
@@ -175,32 +202,44 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     checkout: Path, sandbox: Sandbox, claude: Path, engine: Path, tiny_model: Path
 ) -> None:
     (sandbox.bin / "python3").symlink_to(sys.executable)
+    sandbox.env["PATH"] = f"{sandbox.home}/.local/bin:{sandbox.env['PATH']}"
     sandbox.env["ANYCLAUDE_ENGINE_PORT"] = "0"  # not the one that people have
     (sandbox.work / "marker.txt").touch()
     models = sandbox.home / "models"
     models.mkdir()
     (models / "Qwen3-Coder-30B-A3B-Instruct").symlink_to(tiny_model)
 
-    def shell(command: str) -> str:
-        return run("sh", "-c", command, cwd=checkout, env=sandbox.env, stdin=subprocess.DEVNULL).stdout
+    def shell(command: str, env: dict[str, str] | None = None) -> str:
+        assert command.split(" -p ")[0] in [line.split(" -p ")[0] for line in commands_of_the_readme()]
+        done = run(
+            "sh", "-c", command.replace(URL, site), cwd=checkout, env=env or sandbox.env, stdin=subprocess.DEVNULL
+        )
+        return done.stdout + done.stderr
 
-    assert "pyproject.toml" in shell("python3 anyclaude.py --demo -p 'Which files are here?'")
-    assert "no marker" in shell("python3 anyclaude.py --model-path ~/models/Qwen3-Coder-30B-A3B-Instruct -p 'Look.'")
-    sandbox.settings({"backend": "mlx", "backends": {"mlx": {"modelPath": "~/models/Qwen3-Coder-30B-A3B-Instruct"}}})
-    assert "no marker" in shell("python3 anyclaude.py -p 'Explain this repository'")
-    assert "would run: " in shell("python3 anyclaude.py doctor")  # `build` is run by tests/test_commands.py
-    assert anyclaude.READY_LINE.search(shell("python3 anyclaude.py logs"))
-    assert "no engine runs" in shell("python3 anyclaude.py status; python3 anyclaude.py stop")
+    class Files(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(checkout))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None: ...
+
+    with serving(Files) as site:
+        env = {**sandbox.env, "ANYCLAUDE_URL": f"{site}/anyclaude.py"}
+        assert "installed anyclaude" in shell(f"curl -fsSL {URL}/install.sh | sh", env)
+    assert "pyproject.toml" in shell("anyclaude --demo -p 'Which files are here?'")
+    model = "~/models/Qwen3-Coder-30B-A3B-Instruct"
+    assert "no marker" in shell(f"anyclaude --model-path {model} -p 'Look.'")
+    assert "1      1 MB  window 131072" in shell("anyclaude models")
+    assert "wrote ~/.anyclauderc.json" in shell("anyclaude init")
+    assert "wrote ~/.anyclauderc.json" in shell(f"anyclaude init --model-path {model}")
+    assert "no marker" in shell('anyclaude -p "Explain this repository"')
+    assert "would run: " in shell("anyclaude doctor")  # `build` is run by tests/test_commands.py
+    assert anyclaude.READY_LINE.search(shell("anyclaude logs"))
+    assert "no engine runs" in shell("anyclaude stop")
+    assert re.search(r"anyclaude-demo +2 ", shell("anyclaude stats")) and "Qwen3-Coder" in shell("anyclaude stats")
+    assert sandbox.run("status").returncode == 1  # `--base-url` and `--proxy-only` are tried in all of the tests
+    assert "wrote" in shell("anyclaude init --base-url http://localhost:8000/v1")
+    assert "no server answers at http://localhost:8000/v1" in sandbox.run("-p", "hi").stderr
+    assert "removed" in shell("sh install.sh --uninstall") and not (sandbox.home / ".local/bin/anyclaude").exists()
     # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
-    assert (
-        "passed"
-        in run(
-            "sh",
-            "tests/run",
-            "-n0",
-            "tests/test_model.py",
-            "-k=architecture",
-            cwd=checkout,
-            env={**os.environ, "ANYCLAUDE_TEST_CACHE": str(CACHE)},
-        ).stdout
-    )
+    line = ("sh", "tests/run", "-n0", "tests/test_model.py", "-k=architecture")
+    assert "passed" in run(*line, cwd=checkout, env={**os.environ, "ANYCLAUDE_TEST_CACHE": str(CACHE)}).stdout
