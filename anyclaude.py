@@ -1440,9 +1440,7 @@ def _read_gguf(path: Path, template: str) -> Model:
 
 HUB_SECONDS = 20.0  # without a byte
 HUB_TRIES = 5  # in a row, without a byte between them
-HUB_WEIGHTS = re.compile(
-    r"(?!consolidated)[^/]+\.safetensors"
-)  # consolidated: the same once more, in Mistral's own format
+HUB_WEIGHTS = re.compile(r"(?!consolidated)[^/]+\.safetensors")  # consolidated: the same in Mistral's own format
 HUB_SMALL = re.compile(r"[^/]+\.(json|jinja|txt|model)")
 
 
@@ -1486,13 +1484,16 @@ def ask_hub(path: str) -> str:
 def hub_files(name: str) -> HubFiles:
     """The files of a model on Hugging Face. Raises AnyclaudeError."""
     found: dict[str, tuple[int, str]] = {}
+    listed: Json = {}
     with contextlib.suppress(ValueError, RecursionError):
-        for one in map(
-            as_object, as_list(as_object(json.loads(ask_hub(f"api/models/{name}?blobs=true"))).get("siblings"))
-        ):
-            file, size = str(one.get("rfilename")), one.get("size")
-            if type(size) is int and 0 <= size < 1 << 50 and ".." not in file.split("/") and not file.startswith("/"):
-                found[file] = (size, str(as_object(one.get("lfs")).get("sha256") or ""))
+        listed = as_object(json.loads(ask_hub(f"api/models/{name}?blobs=true")))
+    for one in map(as_object, as_list(listed.get("siblings"))):
+        file, size, digest = str(one.get("rfilename")), one.get("size"), as_object(one.get("lfs")).get("sha256")
+        stays = re.fullmatch(r"\w[\w.+ -]*(/\w[\w.+ -]*)*", file) and not file.endswith(
+            ".part"
+        )  # in the model's folder
+        if type(size) is int and 0 <= size < 1 << 50 and stays:
+            found[file] = (size, str(digest or ""))
     return found
 
 
@@ -1501,35 +1502,36 @@ def hub_place(name: str) -> Path:
     return Path.home() / "models" / name
 
 
+def _hub_gguf(name: str, file: str, files: HubFiles) -> Model:
+    """A GGUF file of the repository `name`, with its other parts if it is in parts; `file`: "" for the only one."""
+    firsts = [one for one in files if one.endswith(".gguf") and "mmproj" not in one and not _LATER_PART.search(one)]
+    chosen = [one for one in firsts if one == file] if file else firsts
+    if len(chosen) != 1:
+        listed = "".join(f"\n  --model-path {name}/{one}   ({gigabytes(files[one][0])})" for one in firsts[:30])
+        message = f"{name} has no {file}." if file else f"{name} holds {len(firsts)} GGUF models."
+        raise AnyclaudeError(message, f"Name one of them:{listed}")
+    whole = re.sub(r"-\d+(-of-)", r"\1", chosen[0])
+    parts = sorted(one for one in files if re.sub(r"-\d+(-of-)", r"\1", one) == whole)
+    known = KNOWN_MODELS.get(f"{name}/{chosen[0]}", Model("", "", stored=gguf_kind(chosen[0])))
+    return dataclasses.replace(
+        known,
+        path=str((hub_place(name) / chosen[0]).parent),
+        name=Path(chosen[0]).stem,
+        quantised=True,
+        files=tuple(map(os.path.basename, parts)),
+        weights=sum(files[one][0] for one in parts),
+        hub=name,
+        remote={one: files[one] for one in parts},
+    )
+
+
 def hub_model(path: str, arch: str, template: str) -> Model:
     """A model on Hugging Face ("org/name" or "org/name/file.gguf"), as far as its small files tell before it is downloaded.
     Raises AnyclaudeError for what no download would make loadable."""
     name, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     files = hub_files(name)
-    ggufs = [one for one in files if one.endswith(".gguf") and "mmproj" not in one]
-    if file or (ggufs and not any(map(HUB_WEIGHTS.fullmatch, files))):
-        firsts = [one for one in ggufs if not _LATER_PART.search(one)]
-        chosen = [one for one in firsts if one == file] if file else firsts
-        if len(chosen) != 1:
-            listed = "".join(f"\n  --model-path {name}/{one}   ({gigabytes(files[one][0])})" for one in firsts[:30])
-            raise AnyclaudeError(
-                f"{name} has no {file}." if file else f"{name} holds {len(firsts)} GGUF models.",
-                f"Name one of them:{listed}",
-            )
-        parts = [one for one in ggufs if re.sub(r"-\d+(-of-)", r"\1", one) == re.sub(r"-\d+(-of-)", r"\1", chosen[0])]
-        inner = hub_place(name) / chosen[0]
-        known = KNOWN_MODELS.get(f"{name}/{chosen[0]}", Model("", ""))
-        return dataclasses.replace(
-            known,
-            path=str(inner.parent),
-            name=inner.stem,
-            quantised=True,
-            files=tuple(os.path.basename(one) for one in sorted(parts)),
-            weights=sum(files[one][0] for one in parts),
-            stored=known.stored or gguf_kind(chosen[0]),
-            hub=name,
-            remote={one: files[one] for one in parts},
-        )
+    if file or not any(map(HUB_WEIGHTS.fullmatch, files)) and any(one.endswith(".gguf") for one in files):
+        return _hub_gguf(name, file, files)
 
     def content(file: str) -> Json:
         with contextlib.suppress(ValueError, RecursionError):
@@ -1615,35 +1617,33 @@ def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progre
     """One file of the hub, from where an earlier try ended. Raises AnyclaudeError and OSError of the disk."""
     failed = 0
     with part.open("ab+") as file:
-        while file.seek(0, os.SEEK_END) < size or not size:
-            before = file.tell()
+        while (have := file.seek(0, os.SEEK_END)) < size:
+            pause = 0.5 * 2**failed if failed else 0.0
             try:
-                with open_hub(path, before) as reply:
-                    if before and reply.status != 206:  # it begins anew
-                        progress.done -= file.tell()
+                with open_hub(path, have) as reply:
+                    if have and reply.status != 206:  # it begins anew
+                        progress.done -= have
                         file.truncate(0)
-                    while data := reply.read(1 << 18):
+                    while data := reply.read(min(1 << 18, size - file.tell())):
                         file.write(data)
                         progress.show(len(data))
-                if not size:
-                    break
+                trouble: object = "it ended too soon"
+            except urllib.error.HTTPError as error:
+                trouble, told = error, str(error.headers.get("Retry-After"))
+                pause = min(300.0, float(told)) if told.isdecimal() else pause
             except (urllib.error.URLError, http.client.HTTPException, socket.timeout, ConnectionError) as error:
-                trouble: object = (
-                    error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-                )
-            else:
-                trouble = "it ended too soon"
-            file.flush()
-            failed = 0 if os.fstat(file.fileno()).st_size > before else failed + 1
+                trouble = getattr(error, "reason", error)
+            failed = 0 if file.seek(0, os.SEEK_END) > have else failed + 1
             if failed >= HUB_TRIES:
                 message = f"the download broke off {HUB_TRIES} times: {trouble}."
                 raise AnyclaudeError(message, "Check the connection, and start again: it goes on where it stopped.")
-            time.sleep(min(8.0, 0.5 * 2**failed) if failed else 0)
-        file.flush()
+            if file.tell() < size:
+                time.sleep(pause)
         file.seek(0)
         check = hashlib.sha256()
         while digest and (data := file.read(1 << 20)):
             check.update(data)
+            TERMINAL.waiting(f"checking {part.stem}")
         if file.seek(0, os.SEEK_END) != size or (digest and check.hexdigest() != digest):
             file.truncate(0)
             message = f"{path} did not come as Hugging Face has it (its SHA-256 or its size differs)."
@@ -4829,11 +4829,14 @@ class Meter:
             self._context = self._last["prompt_tokens"] + self._last["output_tokens"]
         with contextlib.suppress(OSError, AnyclaudeError):  # a full disk ends no session
             path, line = state_path(*REQUESTS_LOG), f"{to_json(self._last)}\n".encode("utf-8", "replace")
-            with contextlib.closing(os.fdopen(lock(path.with_suffix(".lock"), fcntl.LOCK_EX))):
-                full = path.exists() and path.stat().st_size > REQUESTS_LOG_LIMIT
-                log = rotated_log(path) if full else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                with contextlib.closing(os.fdopen(log, "wb")) as file:
-                    file.write(line)
+            if path.exists() and path.stat().st_size > REQUESTS_LOG_LIMIT:
+                with contextlib.suppress(BlockingIOError):  # another session is doing it
+                    with os.fdopen(lock(path.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)):
+                        if path.stat().st_size > REQUESTS_LOG_LIMIT:
+                            os.close(rotated_log(path))
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(log, "wb", buffering=0) as file:
+                file.write(line)  # at once: several sessions write here
 
     def words(self) -> str:
         """What happens now, and what the last request took, in one line."""

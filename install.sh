@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=3dfd21b21e10c510ebfe2b0db7f4cca95bea29ba3dd589a61d8ce37b04a72bad
+sha256=a85330ef532998aa30eb57ada811a95468ee79c6bf877518b62a453e75695c08
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

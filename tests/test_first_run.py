@@ -7,8 +7,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -213,6 +218,8 @@ class Hub(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", f"/cdn{path}")
             return self.end_headers()
+        if trouble == "endless":
+            data += b"x" * 99_999
         if trouble == "another":
             data = data[:-1] + b"!"
         rest = data[begin:]
@@ -266,14 +273,17 @@ def test_a_model_is_looked_at_then_downloaded_then_used_without_the_hub(
     assert (there.path, there.hub, there.name, there.flaws) == (str(place), "", "Big", ()) and len(Hub.seen) == asked
 
 
-@pytest.mark.parametrize("plan", [["cut", "cut"], ["cut", "from the beginning"], ["busy", "cut", "busy"], ["cut"] * 9])
+@pytest.mark.parametrize(
+    "plan", [["cut", "cut"], ["cut", "from the beginning"], ["busy", "cut", "busy"], ["cut"] * 9, ["endless"]]
+)
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub: str, plan: list[str]) -> None:
     model = read_model("org/Big")
     Hub.plan.extend(plan)
     anyclaude.fetch_model(model)
     assert (Path(model.path) / "model.safetensors").read_bytes() == Hub.content["model.safetensors"]
     ranges = [begin for path, begin, _ in Hub.seen if path.endswith("model.safetensors")]
-    assert len(ranges) == len(plan) + ("from the beginning" not in plan) and any(ranges)
+    assert len(ranges) == len(plan) + (plan[-1] not in ("from the beginning", "endless"))
+    assert any(ranges) or plan == ["endless"]
 
 
 def test_what_came_stays_when_a_download_is_given_up(hub: str) -> None:
@@ -788,3 +798,52 @@ def test_the_real_claude_leaves_its_figures(sandbox: Sandbox, claude: Path) -> N
     assert len(rows) >= 2 and {row["outcome"] for row in rows} == {"tool_use", "end_turn"}
     assert all(row["prompt_tokens"] > 1000 and row["output_tokens"] > 1 and row["time_to_first_token"] for row in rows)
     assert re.search(r"anyclaude-demo +\d", sandbox.run("stats").stdout)
+
+
+@pytest.mark.outside
+@pytest.mark.slow
+def test_the_real_claude_shows_the_status_line_on_a_terminal(sandbox: Sandbox, claude: Path) -> None:
+    tmux = shutil.which("tmux")
+    if not tmux:
+        pytest.skip("tmux is not here: apt install tmux")
+    known = {
+        "hasCompletedOnboarding": True,
+        "theme": "dark",
+        "projects": {str(sandbox.work): {"hasTrustDialogAccepted": True}},
+    }
+    (sandbox.home / ".claude.json").write_text(json.dumps(known))
+    server = (tmux, "-S", str(sandbox.home / "tmux"), "-f", "/dev/null")
+
+    def screen(words: str = "") -> str:
+        """What the terminal shows, as soon as `words` are there."""
+        deadline = time.monotonic() + 40
+        while True:
+            shown = subprocess.run([*server, "capture-pane", "-p"], capture_output=True, text=True, check=False).stdout
+            if words in shown:
+                return shown
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.1)
+
+    def type_in(*keys: str) -> None:
+        subprocess.run([*server, "send-keys", *keys], check=True)
+
+    line = shlex.join([sys.executable, str(anyclaude.__file__), "--demo"])
+    start = ["new-session", "-d", "-x", "100", "-y", "30", "-c", str(sandbox.work), f"{line}; sleep 60"]
+    subprocess.run([*server, *start], env={**sandbox.env, "TERM": "xterm-256color"}, check=True)
+    try:
+        screen("anyclaude-demo\n")  # the status line, before the first request
+        type_in("Which files are here?")
+        screen("Which files are here?")
+        type_in("Enter")
+        screen("all else is real")
+        screen("first token ")
+        assert re.search(
+            r"(?m)^ *anyclaude-demo \| [\d.]+ tokens/s \| prompt \d+ tokens \| first token [\d.]+ s \| context \d+ %",
+            screen(),
+        )
+        type_in("/exit")
+        screen("/exit")
+        type_in("Enter")
+        screen("to go on with this conversation:")
+    finally:
+        subprocess.run([*server, "kill-server"], check=False)
