@@ -5643,7 +5643,7 @@ def choices(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Choice
 def show_choices(here: Sequence[Choice], known: Sequence[Choice]) -> list[str]:
     """The list of `anyclaude models`: what can be used is numbered."""
     lines, number = [], 0
-    for title, rows in (("On this disk:", here), ("To download, known to work with tools:", known)):
+    for title, rows in (("On this disk:", here), ("To download, made for tool calls:", known)):
         lines += [title] if rows else []
         for row in rows:
             number += not row.problem
@@ -6449,8 +6449,12 @@ def exit_on_signals() -> None:
 
 def as_called(fix: str) -> str:
     """A fix whose commands begin as this one was called: not everybody has `anyclaude` on the PATH."""
-    program = sys.argv[0] if sys.argv[0].endswith(".py") else ""
-    called = f"python3 {shlex.quote(program)}" if program else "anyclaude"
+    program, called = sys.argv[0], "anyclaude"
+    found = which(called, search_path(os.environ))
+    if program.endswith(".py"):
+        called = f"python3 {shlex.quote(program)}"
+    elif os.path.isfile(program) and not (found and found.samefile(program)):
+        called = shlex.quote(program)
     return re.sub(rf"(?m)(?<![\w./-])anyclaude(?=$| (?:--|again|{'|'.join(COMMANDS)}))", lambda _: called, fix)
 
 

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=a85330ef532998aa30eb57ada811a95468ee79c6bf877518b62a453e75695c08
+sha256=7e4f6043fbdc595cecb380eafe279fc9ccb78aa751af43eed8c5cec1079d5c95
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

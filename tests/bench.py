@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [str(ROOT / "anyclaude.py")]
+if "--as-a-command" in sys.argv:  # as pipx installs it: imported, and so compiled once only
+    PROGRAM = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import anyclaude; anyclaude.entry()"]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 END = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 LIMITS = {  # figure -> (its limit, unit)
@@ -210,7 +213,8 @@ def left(port: int) -> list[int]:
 
 @contextlib.contextmanager
 def started(*command: str, home: str) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "HOME": home, "ANYCLAUDE_DEBUG": "0"}
+    environment = {**os.environ, "HOME": home, "ANYCLAUDE_DEBUG": "0", "PYTHONPYCACHEPREFIX": f"{home}/compiled"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )
@@ -224,8 +228,7 @@ def started(*command: str, home: str) -> Iterator[subprocess.Popen[str]]:
 @contextlib.contextmanager
 def proxied(engine: int, home: str) -> Iterator[tuple[subprocess.Popen[str], Client]]:
     """The proxy before the engine -> (its process, a client of it)."""
-    command = (str(ROOT / "anyclaude.py"), "--proxy-only", "--base-url", f"http://127.0.0.1:{engine}/v1")
-    with started(*command, home=home) as process:
+    with started(*PROGRAM, "--proxy-only", "--base-url", f"http://127.0.0.1:{engine}/v1", home=home) as process:
         assert process.stdout is not None
         url, token = (process.stdout.readline().strip().partition("=")[2] for _ in range(2))
         yield process, Client(int(url.rpartition(":")[2]), token)

@@ -243,3 +243,13 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
     line = ("sh", "tests/run", "-n0", "tests/test_model.py", "-k=architecture")
     assert "passed" in run(*line, cwd=checkout, env={**os.environ, "ANYCLAUDE_TEST_CACHE": str(CACHE)}).stdout
+
+
+def test_what_to_type_is_what_works_there(sandbox: Sandbox) -> None:
+    copy = sandbox.home / "a b" / "anyclaude"
+    copy.parent.mkdir()
+    shutil.copy(PROGRAM, copy)
+    assert f"'{copy}' doctor\n" in sandbox.run("docter", program=copy).stderr
+    assert "fix: anyclaude doctor\n" in sandbox.run("docter", program=copy, env={"PATH": str(copy.parent)}).stderr
+    shutil.copy(PROGRAM, sandbox.work / "x.py")
+    assert "fix: python3 x.py doctor\n" in sandbox.run("docter", program="x.py").stderr
