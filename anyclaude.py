@@ -108,7 +108,12 @@ WAITING_SECONDS = 30.0  # between two lines about the same wait, in a pipe
 
 def has_colours(stream: TextIO) -> bool:
     """Whether colours may be written to `stream`. Source: no-color.org."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return is_screen(stream) and not os.environ.get("NO_COLOR")
+
+
+def is_screen(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that can do more than print lines."""
+    return stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
 class Terminal:
@@ -126,15 +131,19 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print `text`, each line of it behind `[anyclaude]`."""
-        lines = [f"[anyclaude] {plain(line)}" for line in text.split("\n")]
+        lines, mark = map(plain, text.split("\n")), "[anyclaude]"
         if has_colours(sys.stderr):
-            lines = [f"\x1b[2m[anyclaude]\x1b[0m {_coloured(line[12:])}" for line in lines]
-        self._write("".join(f"{line}\n" for line in lines), "")
+            lines, mark = map(_coloured, lines), f"\x1b[2m{mark}\x1b[0m"
+        self._write("".join(f"{mark} {line}\n" for line in lines), "")
+
+    def show(self, lines: Iterable[str]) -> None:
+        """Print a table, as it is."""
+        self._write("".join(f"{one_line(line)}\n" for line in lines), "")
 
     def waiting(self, text: str) -> None:
         """Put `text` in place of the live line; "" takes that away: the wait is over."""
         now = time.monotonic()
-        if sys.stderr.isatty():
+        if is_screen(sys.stderr):
             if text != self._live:
                 self._write(f"[anyclaude] {text}"[: shutil.get_terminal_size().columns - 1] if text else "", text)
         elif not text or not self._told:
@@ -158,6 +167,11 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
+def one_line(text: str) -> str:
+    """`text` without what would end its line, too."""
+    return re.sub(r"\s", " ", plain(text))
+
+
 def state_path(*parts: str) -> Path:
     """A path under `~/.anyclaude`; its folders are made, mode 0700."""
     folder = Path.home()
@@ -177,12 +191,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` in one step; mode 0600. Raises OSError."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp makes it 0600
+def write_text(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace the file at `path` in one step. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -194,7 +209,7 @@ def without_comments(text: str) -> str:
     so that every other character stays where it is."""
 
     def blanked(pattern: str, text: str) -> str:
-        inside = r'("(?:\\.|[^"\\\n])*")|'
+        inside = r'("(?:\\.|[^"\\\n])*"?)|'  # a text that is not closed ends with its line
         return re.sub(inside + pattern, lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text)
 
     return blanked(r",(?=\s*[}\]])", blanked(r"//[^\n]*|/\*[\s\S]*?\*/", text))
@@ -308,6 +323,11 @@ def ending(status: Any) -> str:
     return f"signal {-status}{killed}"
 
 
+def in_thousands(count: int) -> str:
+    """A number of tokens in few characters."""
+    return f"{count / 1000:.1f}k" if count >= 10_000 else str(count)
+
+
 def times(count: Any) -> str:
     """How often, in words."""
     return "once" if count == 1 else f"{count} times"
@@ -369,7 +389,8 @@ SETTINGS_FILE = ".anyclauderc.json"
 @dataclass(frozen=True)
 class Settings:
     """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to;
-    `file`: where a choice made on the terminal is kept; `given`: the fields that the command line set."""
+    `file`, `home_backend`: where a choice made on the terminal is kept; `given`: the fields that the command line set;
+    `project_model`: the model was chosen by a project's file."""
 
     backend: str = "mlx"
     enabled: bool = True
@@ -401,6 +422,8 @@ class Settings:
     yes: bool = False
     file: str = field(default="", compare=False)
     given: Sequence[str] = field(default=(), compare=False)
+    home_backend: str = field(default="mlx", compare=False)
+    project_model: bool = field(default=False, compare=False)
     proxy_only: bool = False
     proxy_port: int = 0
     demo: bool = False
@@ -500,7 +523,7 @@ def _is_text(value: Any) -> bool:
 def _absolute(text: str, folder: Path) -> str:
     """`~` and relative paths made absolute. What is not there and could be a Hugging Face id stays as it is."""
     path = folder / os.path.expanduser(text)
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/[\w./-]+\.gguf)?", text) and not path.exists()
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*((/[\w-][\w.-]*)+\.gguf)?", text) and not path.exists()
     return text if is_hub_id else os.path.normpath(path)
 
 
@@ -621,6 +644,15 @@ class _Sources:
         layers = {name: self.backend(path, name, values, trusted) for name, values in backends.items()}
         return str(content.get("backend") or ""), layers
 
+    def backend_of(self, files: Sequence[tuple[str, dict[str, Json]]], named: str) -> str:
+        """The backend to use. `named`: by the environment."""
+        defined = [name for _, layers in files for name in layers]
+        backend = next(filter(None, [named, *(choice for choice, _ in files), *defined, "mlx"]))
+        known = defined or ["mlx", "remote"]
+        if backend not in known:
+            self.problems.append(f'backend "{backend}" is none of the backends that are set: {", ".join(known)}.')
+        return backend
+
     def backend(self, path: Path, name: str, values: Json, trusted: bool) -> Json:
         """The layer of one backend in one file."""
         known = {key.json: key for key in KEYS if key.json}
@@ -646,9 +678,10 @@ class _Sources:
 
 
 def load_settings(
-    own: Mapping[str, str], environ: Mapping[str, str], cwd: Path, home: Path
+    own: Mapping[str, str], environ: Mapping[str, str], cwd: Path, home: Path, begins: bool = False
 ) -> tuple[Settings, list[str]]:
-    """Read every source -> (settings, warnings). `own`: {option: value} of the command line.
+    """Read every source -> (settings, warnings). `own`: {option: value} of the command line; `begins`: a file that is named
+    may still be written.
 
     Raises AnyclaudeError that lists every problem, each with its file and key."""
     sources = _Sources()
@@ -662,17 +695,21 @@ def load_settings(
             layer.setdefault("kind", "remote")
 
     named = own.get("--config-file") or environ.get("ANYCLAUDE_CONFIG_FILE", "")
-    files = [sources.file(path, trusted) for path, trusted in settings_files(cwd, home, named)]
-    defined = [name for _, layers in files for name in layers]
-    wanted = [environ.get("ANYCLAUDE_BACKEND", ""), *(choice for choice, _ in files), *defined, "mlx"]
-    backend = next(filter(None, wanted))
-    known = defined or ["mlx", "remote"]
-    if backend not in known:
-        sources.problems.append(f'backend "{backend}" is none of the backends that are set: {", ".join(known)}.')
-
+    there = [pair for pair in settings_files(cwd, home, named) if pair[0].exists() or not begins]
+    files = [sources.file(path, trusted) for path, trusted in there]
+    backend = sources.backend_of(files, environ.get("ANYCLAUDE_BACKEND", ""))
+    if "model_path" in flags and "base_url" not in flags:  # that is for mistral.rs
+        kinds = {name: layers[name].get("kind") or name for _, layers in reversed(files) for name in layers}
+        ours = [name for name, kind in kinds.items() if kind != "remote"]
+        backend = backend if backend in ours else next(iter(ours), "mlx")
     merged: Json = {"kind": "remote" if backend == "remote" else "mistralrs"}
-    for layer in reversed([flags, variables, *(layers.get(backend, {}) for _, layers in files)]):
+    layers = [flags, variables, *(backends.get(backend, {}) for _, backends in files)]
+    for layer in reversed(layers):
         merged.update(layer)
+    trusts = [True, True, *(trusted for _, trusted in there)]
+    merged["project_model"] = not next((trust for layer, trust in zip(layers, trusts) if "model_path" in layer), True)
+    choice, own_backends = next((file for file, (_, trusted) in zip(files, there) if trusted), ("", {}))
+    merged["home_backend"] = backend if backend in own_backends else choice or next(iter(own_backends), "mlx")
     kept = cwd / os.path.expanduser(named) if named else home / SETTINGS_FILE
     settings = Settings(backend=backend, file=str(kept), given=tuple(flags), **merged)
     name = f'backend "{backend}"'
@@ -705,6 +742,12 @@ def _members(text: str, at: int) -> dict[str, tuple[int, int]]:
     return found
 
 
+def _rendered(value: Any) -> str:
+    """JSON as people write it; a path that is no UTF-8 is escaped."""
+    text = json.dumps(value, indent=4, ensure_ascii=False)
+    return json.dumps(value, indent=4) if re.search(r"[\ud800-\udfff]", text) else text
+
+
 def with_setting(text: str, keys: Sequence[str], value: Any) -> str:
     """The text of a settings file with `value` under `keys`, outermost first. All else, comments too, stays as it is. Pure.
     What stands under one of `keys` and is no object is replaced."""
@@ -716,14 +759,14 @@ def with_setting(text: str, keys: Sequence[str], value: Any) -> str:
         inner = functools.reduce(lambda content, name: {name: content}, reversed(keys[depth + 1 :]), value)
         indent = "    " * (depth + 1)
         if key not in members:
-            new = json.dumps({key: inner}, indent=4, ensure_ascii=False)[2:-2].replace("\n", "\n" + indent[4:])
+            new = _rendered({key: inner})[2:-2].replace("\n", "\n" + indent[4:])
             rest = text[at + 1 :].lstrip(" \t")
             behind = "," * (bool(members) or clean != text) + (
                 "" if rest.startswith(("\n", "\r")) else "\n" + indent[4 * (not members) :]
             )
             return f"{text[: at + 1]}\n{indent[4:]}{new}{behind}{rest}"
         if depth == len(keys) - 1 or clean[begin] != "{":
-            new = json.dumps(inner, indent=4, ensure_ascii=False).replace("\n", "\n" + indent)
+            new = _rendered(inner).replace("\n", "\n" + indent)
             return text[:begin] + new + text[end:]
         at = begin
     return text
@@ -1004,8 +1047,8 @@ HubFiles = Mapping[str, tuple[int, str]]  # name -> (bytes, SHA-256, "" if the h
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the engine is told of it. `path`: a folder, or a Hugging Face id; `arch`: the value of -a, "" where
-    the engine detects it; `context`: tokens, 0 if unknown; `since`: the first engine that loads it; `files`: the GGUF
+    """A model as the engine is told of it. `path`: its folder; `arch`: the value of -a, "" where the engine detects it (for
+    GGUF files, which always tell it: general.architecture); `context`: tokens, 0 if unknown; `since`: the first engine that loads it; `files`: the GGUF
     files in `path`; `hub`, `remote`: the repository and the files that must be downloaded first; `weights`: their bytes; `linear`: (numbers, bytes) of those that can be quantised while loading;
     `cache`: numbers that a token adds to the KV cache; `stored`: the kind of its numbers, in words; `mlx`: "shadow" (its config.json hides from mistral.rs that it is
     quantised) or "experts"; `flaws`: (what is wrong, what to do), found before anything is loaded."""
@@ -1050,7 +1093,10 @@ class Model:
 _ISQ = """Q2K,2=2.625 Q3K,3=3.4375 Q4K,Q4_0,4=4.5 Q5K,Q5_0,5=5.5 Q6K,6=6.5625 Q8K=9.125 Q8_0,HQQ8,8=8.5 Q4_1=5 Q5_1=6 Q8_1=9
     HQQ4=4.5 FP8=8 MXFP4=4.25 AFQ2=2.5 AFQ3=3.5 AFQ4=4.5 AFQ6=6.5 AFQ8=8.5"""
 ISQ_BITS = {name: float(bits) for names, bits in (row.split("=") for row in _ISQ.split()) for name in names.split(",")}
-DOWNLOAD = "Download it again, which goes on where it stopped: hf download ORG/NAME --local-dir {}\n(hf: pip install -U huggingface_hub)"
+DOWNLOAD = (
+    "Download it again, by its name on Hugging Face: anyclaude --model-path ORG/NAME\n"
+    "or into the same folder, which goes on where it stopped: hf download ORG/NAME --local-dir {}"
+)
 
 
 # What config.json leaves out because the class has it as default. Source: transformers' configuration_gemma3.py.
@@ -1179,8 +1225,8 @@ def _architecture(path: str, classes: Any) -> tuple[str, Version]:
         raise AnyclaudeError(message, "Name the architecture yourself: --arch qwen3")
     if classes[0] not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        message = f"{path} is a {classes[0]}, which mistral.rs does not load. It loads: {known}."
-        raise AnyclaudeError(message, "Choose another model, or, if you know better, name its loader: --arch qwen3")
+        fix = f"Choose another model, or, if you know better, name its loader: --arch qwen3\nIt loads: {known}."
+        raise AnyclaudeError(f"{path} is a {classes[0]}, which mistral.rs does not load.", fix)
     return ARCHITECTURES[classes[0]]
 
 
@@ -1285,10 +1331,15 @@ NO_TEMPLATE = (
 )
 
 
+def hub_home(environ: Mapping[str, str]) -> Path:
+    """Hugging Face's own folder. Source: huggingface_hub's environment variables."""
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(environ.get("HF_HOME") or os.path.join(cache, "huggingface")))
+
+
 def hub_folder(name: str, environ: Mapping[str, str]) -> Path:
-    """Where the Hugging Face cache keeps the model `name` ("org/name"). Source: huggingface_hub's environment variables."""
-    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = Path(os.path.expanduser(environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    """Where the Hugging Face cache keeps the model `name` ("org/name")."""
+    cache = Path(os.path.expanduser(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub"))
     return cache / ("models--" + name.replace("/", "--"))
 
 
@@ -1324,6 +1375,11 @@ GGML_SIZES |= {
 _GGUF_KIND = re.compile(r"(?i)[-._](I?Q\d\w*|MXFP4|BF16|F16|F32)(?=[-.])")  # in a file's name, as people name them
 _LATER_PART = re.compile(r"-0*(?!0*1-)\d+-of-\d+\.gguf$")
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def is_gguf_model(name: str) -> bool:
+    """Whether a GGUF file is a model by its name: of one in parts the first, and no projector of images."""
+    return not _LATER_PART.search(name) and "mmproj" not in name
 
 
 def gguf_kind(name: str) -> str:
@@ -1408,13 +1464,14 @@ def inspect_gguf(path: str, metadata: Json, template: str = "") -> Model:
     return Model(
         os.path.dirname(path),
         re.sub(r"(-0*1-of-\d+)?\.gguf$", "", os.path.basename(path)),
+        kind,
         context=context if type(context) is int and context > 0 else 0,
         quantised=True,
         since=since,
         dialect=read_dialect(found if isinstance(found, str) else ""),
         files=(os.path.basename(path),),
         cache=cache_numbers(config),
-        stored=f"{kind} {gguf_kind(path)}",
+        stored=gguf_kind(path),
         flaws=flaws,
     )
 
@@ -1429,7 +1486,7 @@ def _read_gguf(path: Path, template: str) -> Model:
     missing = [name for name in names if not (path.parent / name).exists()]
     flaws = [*model.flaws]
     if missing:
-        message = f"{path} is one of {count} files, of which {len(missing)} are missing, {missing[0]} first."
+        message = f"{path} is {INCOMPLETE}: {len(missing)} of its {count} files are missing, {missing[0]} first."
         flaws.append((message, DOWNLOAD.format(path.parent)))
     for name in names[1:]:
         if name not in missing:
@@ -1438,61 +1495,79 @@ def _read_gguf(path: Path, template: str) -> Model:
     return dataclasses.replace(model, files=tuple(names), weights=weights, flaws=tuple(flaws))
 
 
+HUB = "https://huggingface.co"
 HUB_SECONDS = 20.0  # without a byte
 HUB_TRIES = 5  # in a row, without a byte between them
 HUB_WEIGHTS = re.compile(r"(?!consolidated)[^/]+\.safetensors")  # consolidated: the same in Mistral's own format
 HUB_SMALL = re.compile(r"[^/]+\.(json|jinja|txt|model)")
 
 
+class _HubRedirects(urllib.request.HTTPRedirectHandler):
+    """The token goes where the hub itself redirects to, and to no other host."""
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # known from Python 3.11 on
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        request = super().redirect_request(req, fp, 302 if code == 308 else code, msg, headers, newurl)
+        if request and urllib.parse.urlsplit(newurl)[:2] != urllib.parse.urlsplit(req.full_url)[:2]:
+            request.remove_header("Authorization")
+        return request
+
+
 def open_hub(path: str, begin: int = 0) -> Any:
     """A response of the Hugging Face hub, from byte `begin` on. Raises AnyclaudeError where trying again does not help, and
     OSError. Source: the hub's API, /api/models/NAME?blobs=true and /NAME/resolve/main/FILE, and huggingface_hub."""
-    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    host = os.environ.get("HF_ENDPOINT") or HUB
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise AnyclaudeError("HF_HUB_OFFLINE is set, and this model is not on this disk.", "unset HF_HUB_OFFLINE")
     request = urllib.request.Request(f"{host}/{urllib.parse.quote(path, safe='/?=')}")
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    kept = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")))
-    token = os.environ.get("HF_TOKEN") or (kept.read_text(encoding="utf-8").strip() if kept.is_file() else "")
-    if token:  # not for where it is redirected to
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    kept = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or hub_home(os.environ) / "token"))
+    token = os.environ.get("HF_TOKEN") or (kept.read_text(errors="replace") if kept.is_file() else "")
+    if re.fullmatch(r"[!-~]+", token := token.strip()):
+        request.add_header("Authorization", f"Bearer {token}")
     if begin:
         request.add_header("Range", f"bytes={begin}-")
     name = "/".join(path.partition("?")[0].replace("api/models/", "").split("/")[:2])
     try:
-        return urllib.request.urlopen(request, timeout=HUB_SECONDS)
+        return urllib.request.build_opener(_HubRedirects).open(request, timeout=HUB_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):
-            fix = f"Correct the name; or, if it wants a licence accepted or a token: {host}/{name}\nthen: HF_TOKEN=hf_... anyclaude --model-path {name}"
-            message = f"{name} is no folder here, and Hugging Face has no such model or does not give it to everybody (HTTP {error.code})."
+            terms = f"Correct the name; or, if it wants a licence accepted or a token: {host}/{name}"
+            fix = f"{terms}\nthen: HF_TOKEN=hf_... anyclaude --model-path {name}"
+            why = f"Hugging Face has no such model or does not give it to everybody (HTTP {error.code})"
+            message = f"{name} is no folder here, and {why}."
             raise AnyclaudeError(message, fix) from None
         raise
 
 
 def ask_hub(path: str) -> str:
     """A small file of the hub. Raises AnyclaudeError."""
+    host = os.environ.get("HF_ENDPOINT") or HUB
     try:
         with open_hub(path) as reply:
             return str(reply.read(16 << 20).decode("utf-8", "replace"))
-    except (OSError, http.client.HTTPException) as error:
-        message = f"this model is not on this disk, and Hugging Face cannot be asked for it: {error}."
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        message = f"this model is to be downloaded, and {host} cannot be reached: {getattr(error, 'reason', error)}."
         raise AnyclaudeError(
             message, "Check the connection, or name a folder that is here: --model-path /path/to/it"
         ) from None
 
 
+def _object_of_hub(path: str) -> Json:
+    """A JSON object of the hub; empty if it is none. Raises AnyclaudeError."""
+    text = ask_hub(path)
+    with contextlib.suppress(ValueError, RecursionError):
+        return as_object(json.loads(text))
+    return {}
+
+
 def hub_files(name: str) -> HubFiles:
     """The files of a model on Hugging Face. Raises AnyclaudeError."""
     found: dict[str, tuple[int, str]] = {}
-    listed: Json = {}
-    with contextlib.suppress(ValueError, RecursionError):
-        listed = as_object(json.loads(ask_hub(f"api/models/{name}?blobs=true")))
-    for one in map(as_object, as_list(listed.get("siblings"))):
+    for one in map(as_object, as_list(_object_of_hub(f"api/models/{name}?blobs=true").get("siblings"))):
         file, size, digest = str(one.get("rfilename")), one.get("size"), as_object(one.get("lfs")).get("sha256")
-        stays = re.fullmatch(r"\w[\w.+ -]*(/\w[\w.+ -]*)*", file) and not file.endswith(
-            ".part"
-        )  # in the model's folder
-        if type(size) is int and 0 <= size < 1 << 50 and stays:
+        stays = re.fullmatch(r"\w[\w.+ -]{0,199}(/\w[\w.+ -]{0,199})*", file)  # in the model's folder
+        if type(size) is int and 0 <= size < 1 << 50 and stays and not file.endswith(".part"):
             found[file] = (size, str(digest or ""))
     return found
 
@@ -1504,7 +1579,7 @@ def hub_place(name: str) -> Path:
 
 def _hub_gguf(name: str, file: str, files: HubFiles) -> Model:
     """A GGUF file of the repository `name`, with its other parts if it is in parts; `file`: "" for the only one."""
-    firsts = [one for one in files if one.endswith(".gguf") and "mmproj" not in one and not _LATER_PART.search(one)]
+    firsts = [one for one in files if one.endswith(".gguf") and is_gguf_model(one)]
     chosen = [one for one in firsts if one == file] if file else firsts
     if len(chosen) != 1:
         listed = "".join(f"\n  --model-path {name}/{one}   ({gigabytes(files[one][0])})" for one in firsts[:30])
@@ -1534,14 +1609,13 @@ def hub_model(path: str, arch: str, template: str) -> Model:
         return _hub_gguf(name, file, files)
 
     def content(file: str) -> Json:
-        with contextlib.suppress(ValueError, RecursionError):
-            return as_object(json.loads(ask_hub(f"{name}/resolve/main/{file}"))) if file in files else {}
-        return {}
+        return _object_of_hub(f"{name}/resolve/main/{file}") if file in files else {}
 
     config = content("config.json")
-    if not config:
+    if not config or not any(map(HUB_WEIGHTS.fullmatch, files)):
+        lacks = "config.json" if not config else "*.safetensors"
         raise AnyclaudeError(
-            f"{name} on Hugging Face holds no model: it has no config.json and no .gguf file.", "Choose another."
+            f"{name} on Hugging Face is no model that can be used: it has no {lacks}.", "Choose another."
         )
     own = ask_hub(f"{name}/resolve/main/chat_template.jinja") if "chat_template.jinja" in files else ""
     own = own or as_template(content("tokenizer_config.json").get("chat_template"))
@@ -1561,12 +1635,15 @@ class _Progress:
     """How far a download is. `done`: bytes of `total` that are here."""
 
     def __init__(self, total: int, done: int) -> None:
-        self.done, self._total, self._first, self._began = done, total, done, time.monotonic()
+        self.done, self._total, self._first = done, total, done
+        self._began = self._shown = time.monotonic()
 
     def show(self, more: int) -> None:
         """`more` bytes came."""
-        self.done += more
-        rate = max(1.0, (self.done - self._first) / max(0.5, time.monotonic() - self._began))
+        self.done, now = self.done + more, time.monotonic()
+        if now - self._shown < 0.1 and self.done < self._total:
+            return
+        self._shown, rate = now, max(1.0, (self.done - self._first) / max(0.5, now - self._began))
         parts = (
             f"download: {self.done * 100 // max(1, self._total)} %",
             f"{gigabytes(self.done)} of {gigabytes(self._total)}",
@@ -1597,7 +1674,9 @@ def fetch_model(model: Model) -> None:
                 if not (path.is_file() and path.stat().st_size == size):
                     _fetch_file(f"{model.hub}/resolve/main/{name}", part, size, digest, progress)
                     os.replace(part, path)
-        (place / ".downloading").unlink(missing_ok=True)
+            for stray in place.glob("*.part") if not model.files else ():  # of files that it has no more
+                stray.unlink()
+            (place / ".downloading").unlink(missing_ok=True)
     except BlockingIOError:
         raise AnyclaudeError(
             f"another session downloads {model.name}.", "Wait until it is done, then start again."
@@ -1607,10 +1686,21 @@ def fetch_model(model: Model) -> None:
             f"{place}: {error.strerror or error}.", "Mend that, and start again: what came stays."
         ) from None
     except KeyboardInterrupt:
-        TERMINAL.waiting("")
         raise AnyclaudeError("the download was stopped; what came stays.", "To go on: the same command again") from None
     finally:
         TERMINAL.waiting("")
+
+
+class _BrokeOff(Exception):
+    """The network ended a download, and not the disk."""
+
+
+def _read_some(reply: Any, most: int) -> bytes:
+    """The next bytes, at most so many; none at the end. Raises _BrokeOff."""
+    try:
+        return bytes(reply.read(min(1 << 18, most)))
+    except (OSError, http.client.HTTPException) as error:
+        raise _BrokeOff(getattr(error, "strerror", None) or error) from None
 
 
 def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progress) -> None:
@@ -1618,21 +1708,23 @@ def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progre
     failed = 0
     with part.open("ab+") as file:
         while (have := file.seek(0, os.SEEK_END)) < size:
-            pause = 0.5 * 2**failed if failed else 0.0
+            pause, trouble = 0.5 * 2**failed if failed else 0.0, "it ended too soon"
             try:
                 with open_hub(path, have) as reply:
                     if have and reply.status != 206:  # it begins anew
                         progress.done -= have
                         file.truncate(0)
-                    while data := reply.read(min(1 << 18, size - file.tell())):
+                    while data := _read_some(reply, size - file.seek(0, os.SEEK_END)):
                         file.write(data)
                         progress.show(len(data))
-                trouble: object = "it ended too soon"
+            except _BrokeOff as error:
+                trouble = str(error)
             except urllib.error.HTTPError as error:
-                trouble, told = error, str(error.headers.get("Retry-After"))
+                file.truncate(0 if error.code == 416 else have)  # what is here is no beginning of it
+                trouble, told = str(error), str(error.headers.get("Retry-After"))
                 pause = min(300.0, float(told)) if told.isdecimal() else pause
-            except (urllib.error.URLError, http.client.HTTPException, socket.timeout, ConnectionError) as error:
-                trouble = getattr(error, "reason", error)
+            except (urllib.error.URLError, http.client.HTTPException) as error:
+                trouble = str(getattr(error, "reason", error))
             failed = 0 if file.seek(0, os.SEEK_END) > have else failed + 1
             if failed >= HUB_TRIES:
                 message = f"the download broke off {HUB_TRIES} times: {trouble}."
@@ -1651,9 +1743,9 @@ def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progre
 
 
 def gguf_models(folder: Path) -> list[Path]:
-    """The GGUF models in a folder: of one in parts the first, and no projector of images unless there is nothing else."""
+    """The GGUF models in a folder; what is none by its name only if there is nothing else."""
     ggufs = sorted(one for one in folder.glob("*.gguf") if one.is_file())
-    return [one for one in ggufs if not _LATER_PART.search(one.name) and "mmproj" not in one.name] or ggufs
+    return [one for one in ggufs if is_gguf_model(one.name)] or ggufs
 
 
 def read_model(path: str, arch: str = "", template: str = "") -> Model:
@@ -1665,7 +1757,7 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
         for place in filter(None, (hub_place(name), _hub_snapshot(name))):
             if not (place / (file or "config.json")).exists() and (file or not gguf_models(place)):
                 continue
-            if any(place.rglob("*.part")):
+            if (place / f"{file}.part").exists() if file else any(place.glob("*.part")):
                 continue  # its download goes on
             model = read_model(str(place / file), arch, template)
             if not any(INCOMPLETE in message for message, _ in model.flaws):  # used as it lies, without the network
@@ -1676,13 +1768,14 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
         raise AnyclaudeError(
             f"the model {path} {what}.", "Name the model's folder, or its .gguf file: --model-path /path/to/it"
         )
-    chosen = [folder] if folder.is_file() else gguf_models(folder)
-    if folder.is_file() or (chosen and not any(folder.glob("*.safetensors"))):
-        if len(chosen) > 1:
-            listed = "".join(f"\n  --model-path {shlex.quote(str(one))}" for one in chosen)
-            raise AnyclaudeError(f"{path} holds {len(chosen)} GGUF models.", f"Name one of them:{listed}")
-        return _read_gguf(chosen[0], template)
-    return _read_folder(folder, arch, template)
+    if folder.is_file():
+        return _read_gguf(folder, template)
+    whole = (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    found = [] if whole and any(folder.glob("*.safetensors")) else [*_models_below(folder, 0 if whole else 2)]
+    if len(found) > 1:
+        listed = "".join(f"\n  --model-path {shlex.quote(str(one))}" for one in found[:20])
+        raise AnyclaudeError(f"{path} holds {len(found)} models.", f"Name one of them:{listed}")
+    return read_model(str(found[0]), arch, template) if found else _read_folder(folder, arch, template)
 
 
 # Models worth downloading, that call tools well: file -> bytes, tokens of context, numbers that a token adds to the cache,
@@ -1701,9 +1794,8 @@ _KNOWN = """
 def known_model(path: str, size: str, context: str, cache: str, kind: str) -> Model:
     """A row of _KNOWN."""
     since = next(version for version, kinds in GGUF_SINCE.items() if kind in kinds.split())
-    stored = f"{kind} {gguf_kind(path)}"
-    facts = {"context": int(context), "cache": int(cache), "weights": int(size), "since": since, "stored": stored}
-    return Model(path, Path(path).stem, quantised=True, files=(os.path.basename(path),), **facts)  # type: ignore[arg-type]
+    model = Model(path, Path(path).stem, kind, int(context), quantised=True, files=(os.path.basename(path),))
+    return dataclasses.replace(model, cache=int(cache), weights=int(size), since=since, stored=gguf_kind(path))
 
 
 KNOWN_MODELS = {row.split()[0]: known_model(*row.split()) for row in _KNOWN.strip().split("\n")}
@@ -1739,7 +1831,7 @@ def models_on_disk(environ: Mapping[str, str]) -> list[str]:
     """The models in the Hugging Face cache and in MODEL_FOLDERS, each as --model-path takes it, none twice."""
     found: dict[str, str] = {}
     cache = hub_folder("", environ).parent
-    for folder in sorted(cache.glob("models--*--*")):
+    for folder in sorted(cache.glob("models--*--*")) if os.access(cache, os.R_OK | os.X_OK) else ():
         name = folder.name[len("models--") :].replace("--", "/", 1)
         snapshot = _hub_snapshot(name)
         for path in _models_below(snapshot, 0) if snapshot else ():
@@ -1747,7 +1839,8 @@ def models_on_disk(environ: Mapping[str, str]) -> list[str]:
     folders = dict(MODEL_FOLDERS)
     for settings in LM_STUDIO_SETTINGS:
         with contextlib.suppress(AnyclaudeError):
-            folders[str(read_json(Path(os.path.expanduser(settings))).get("downloadsFolder") or "~/models")] = 2
+            named = read_json(Path(os.path.expanduser(settings))).get("downloadsFolder")
+            folders[str(named) if named and _is_text(named) else "~/models"] = 2
     for place, depth in folders.items():
         for path in _models_below(Path(os.path.expanduser(place)), depth):
             found.setdefault(os.path.realpath(path), str(path))
@@ -1947,9 +2040,9 @@ def fit(model: Model, machine: Machine, isq: str, wanted: int = 0, widened: int 
     weights, token = model.size(isq, widened), model.cache * 2  # 16 bits a number, as the engine keeps them everywhere
     wanted = min(wanted, model.context or wanted)
     limit = wanted or model.context
-    if not weights or not token or not machine.memory:
+    if not weights or not machine.memory or (not token and _with_room(weights) < machine.memory):
         return Fit(limit, 0, weights, token)
-    tokens = max(0, machine.memory - _with_room(weights)) // token
+    tokens = max(0, machine.memory - _with_room(weights)) // token if token else 0
     if tokens < 2 * min(SMALLEST_WINDOW, limit or SMALLEST_WINDOW):
         least = 2 * SMALLEST_WINDOW * token
         needs = {name: _with_room(model.size(name, widened)) + least for name in (isq, "Q4K", "Q3K", "Q2K")}
@@ -2091,8 +2184,7 @@ def find_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
             say(f"passing over {program}: it does not run here")
     raise AnyclaudeError(
         "mistral.rs was not found: no mistralrs or mistralrs-server on PATH or where its installers put it.",
-        "anyclaude build   (10 to 40 minutes, once; or let all be set up: anyclaude --yes)\n"
-        'or say where it is: "binary" in ~/.anyclauderc.json. To look around without a model: anyclaude --demo',
+        'anyclaude build   (10 to 40 minutes, once)\nor say where it is: "binary" in ~/.anyclauderc.json',
     )
 
 
@@ -2227,12 +2319,13 @@ def check_build(plan: Build, environ: Mapping[str, str]) -> list[Check]:
     return checks
 
 
-def _tell_what_is_missing(checks: Iterable[Check]) -> None:
-    """Raises AnyclaudeError with everything that a build lacks."""
+def _tell_what_is_missing(checks: Iterable[Check], why: str = "") -> None:
+    """Raises AnyclaudeError with everything that a build lacks. `why`: the beginning of what is said."""
     missing = [check for check in checks if check.state == "failure"]
     if missing:
         words = "; ".join(check.text for check in missing)
-        raise AnyclaudeError(f"it cannot be built yet: {words}.", "\n".join(check.fix for check in missing))
+        fixes = [*(check.fix for check in missing), "then the same command again"]
+        raise AnyclaudeError(f"{why}it cannot be built yet: {words}.", "\n".join(fixes))
 
 
 def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path:
@@ -4738,7 +4831,7 @@ REQUESTS_LOG_LIMIT = 4 << 20  # bytes; some 15,000 requests
 MEASURABLE = 500  # tokens of a prompt whose reading can be timed
 
 
-@dataclass
+@dataclass(eq=False)
 class Measured:
     """One request while it runs. Times in seconds on the monotonic clock; `first`: when the model began to write."""
 
@@ -4746,6 +4839,7 @@ class Measured:
     is_main: bool  # of the conversation itself, and not of a subagent
     began: float
     first: float = 0.0
+    alone: bool = True  # no other request of this session ran beside it
 
     def watching(self, batches: Iterator[list[Event]]) -> Iterator[list[Event]]:
         """The same events; the first that the model wrote is noted."""
@@ -4771,7 +4865,7 @@ class Meter:
         self._running: list[Measured] = []
         self._last: Json = {}
         self._context = 0  # tokens
-        self._cold = 0.0  # tokens a second that the engine reads when it has nothing cached, as far as was seen
+        self._rates: list[tuple[int, float]] = []  # tokens of a prompt, and tokens a second at which it was read
         self._lock, self._changed = threading.Lock(), threading.Event()
         if line:
             threading.Thread(target=self._show, daemon=True).start()
@@ -4780,7 +4874,10 @@ class Meter:
     def measuring(self, reply: Reply, is_main: bool) -> Iterator[Measured]:
         """Measure one request, however it ends."""
         one, outcome = Measured(reply, is_main, time.monotonic()), "error 500"
-        self._running.append(one)
+        with self._lock:
+            self._running.append(one)
+            for other in self._running if len(self._running) > 1 else ():
+                other.alone = False
         self._changed.set()
         try:
             yield one
@@ -4792,20 +4889,21 @@ class Meter:
             outcome = "left"
             raise
         finally:
-            self._running.remove(one)
-            self._note(one, outcome)
+            with self._lock:
+                self._running.remove(one)
+                self._note(one, outcome)
             self._changed.set()
 
     def _reused(self, one: Measured, prompt: int) -> int | None:
-        """How many of the prompt's tokens the engine had cached; None if that cannot be told. mistral.rs up to 0.9.4 does not
-        say it, but for how long it read: at the slowest rate that was seen, it can have read no more than so many."""
+        """How many of the prompt's tokens the engine had cached; None if that cannot be told. mistral.rs up to 0.9.4 says only
+        for how long it read. Then it is a guess: it read as fast as it was slowest with prompts at least half as long."""
         if one.reply.tells_cached:
             return int(one.reply.usage["cache_read_input_tokens"])
-        if not one.reply.prompt_seconds or prompt < MEASURABLE or self._running:
+        if not one.reply.prompt_seconds or prompt < MEASURABLE or not one.alone:
             return None
-        rate = prompt / one.reply.prompt_seconds
-        self._cold = min(self._cold or rate, rate)
-        reused = prompt - one.reply.prompt_seconds * self._cold
+        self._rates = [*self._rates[-99:], (prompt, prompt / one.reply.prompt_seconds)]
+        slowest = min(rate for length, rate in self._rates if length >= prompt / 2)
+        reused = prompt - one.reply.prompt_seconds * slowest
         return int(reused) // 100 * 100 if reused > prompt / 10 else 0
 
     def _note(self, one: Measured, outcome: str) -> None:
@@ -4830,33 +4928,35 @@ class Meter:
         with contextlib.suppress(OSError, AnyclaudeError):  # a full disk ends no session
             path, line = state_path(*REQUESTS_LOG), f"{to_json(self._last)}\n".encode("utf-8", "replace")
             if path.exists() and path.stat().st_size > REQUESTS_LOG_LIMIT:
-                with contextlib.suppress(BlockingIOError):  # another session is doing it
-                    with os.fdopen(lock(path.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)):
-                        if path.stat().st_size > REQUESTS_LOG_LIMIT:
-                            os.close(rotated_log(path))
+                with os.fdopen(lock(path.with_suffix(".lock"), fcntl.LOCK_EX)):  # held for no longer than this
+                    if path.stat().st_size > REQUESTS_LOG_LIMIT:
+                        os.close(rotated_log(path))
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             with os.fdopen(log, "wb", buffering=0) as file:
                 file.write(line)  # at once: several sessions write here
 
     def words(self) -> str:
-        """What happens now, and what the last request took, in one line."""
-        running, last, parts = self._running[-1:], self._last, [self._target.name]
+        """What happens now, and what the last request took, in one line, of which Claude Code cuts the end: on a terminal of
+        80 columns all but 76."""
+        running, last, parts = self._running[-1:], self._last, [self._target.name[:20]]
+        if self._context and self._target.window:
+            parts.append(f"context {self._context * 100 // self._target.window} %")
         if running and self._share and self._share.is_started_again():
             parts.append("mistral.rs is started again")
         elif running and not running[0].first:
             waited = time.monotonic() - running[0].began
-            parts.append(f"reading {running[0].reply.prompt or ''} tokens, {waited:.0f} s".replace("  ", " "))
+            parts.append(f"reading {in_thousands(running[0].reply.prompt)}, {waited:.0f} s")
         elif running:
-            parts.append(f"writing, {running[0].tokens_a_second:.1f} tokens/s")
+            parts.append(f"writing {running[0].tokens_a_second:.1f} tokens/s")
         elif last.get("tokens_per_second"):
             parts.append(f"{last['tokens_per_second']:.1f} tokens/s")
         if last.get("time_to_first_token") is not None:
-            about = "about " * last["cached_is_estimated"]
-            reused = f" ({about}{last['cached_tokens']} reused)" if last["cached_tokens"] is not None else ""
-            parts.append(f"prompt {last['prompt_tokens']} tokens{reused}")
             parts.append(f"first token {last['time_to_first_token']:.1f} s")
-        if self._context and self._target.window:
-            parts.append(f"context {self._context * 100 // self._target.window} %")
+            about = "about " * last["cached_is_estimated"]
+            reused = (
+                f", {about}{in_thousands(last['cached_tokens'])} reused" if last["cached_tokens"] is not None else ""
+            )
+            parts.append(f"prompt {in_thousands(last['prompt_tokens'])}{reused}")
         return " | ".join(parts)
 
     def _show(self) -> None:
@@ -5295,10 +5395,12 @@ def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
         message = f"claudeBinary {settings.claude_binary} is not a program."
         raise AnyclaudeError(message, 'Correct "claudeBinary" in ~/.anyclauderc.json, or remove it.')
     folders = [*search_path(environ), Path.home() / ".local/bin", Path.home() / ".claude/local"]
-    found = which("claude", folders)
+    found, npm = which("claude", folders), which("npm", search_path(environ))
+    if not found and npm:  # npm's own folder need not be on the PATH
+        found = which("claude", [Path(output_of(str(npm), "prefix", "-g").strip()) / "bin"])
     if not found:
         message = "Claude Code (claude) was not found on PATH, in ~/.local/bin or in ~/.claude/local."
-        raise AnyclaudeError(message, f"{CLAUDE_BY_HAND}\nor let it be done: anyclaude --yes")
+        raise AnyclaudeError(message, CLAUDE_BY_HAND)
     return found
 
 
@@ -5310,7 +5412,7 @@ def set_up_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
         path = search_path(environ)
         npm, bash = which("npm", path), which("bash", path)
         way = " ".join(INSTALL_CLAUDE) if npm else f"its own installer, {CLAUDE_INSTALLER}"
-        question = f"Claude Code was not found. Install it now, with {way} ?"
+        question = f"Claude Code was not found. Install it now?\n({way})"
         if settings.claude_binary or not (npm or bash) or not agrees(question, settings.yes):
             raise
     with tempfile.TemporaryDirectory() as folder:
@@ -5364,7 +5466,7 @@ def claude_settings(
     found: list[Json] = []
     for source in (option_value(arguments, "--settings"), *files):
         content: Any = {}
-        with contextlib.suppress(AnyclaudeError, ValueError):
+        with contextlib.suppress(AnyclaudeError, ValueError, RecursionError):
             inline = isinstance(source, str) and source.lstrip().startswith("{")
             content = json.loads(str(source)) if inline else read_json(Path(source)) if source else {}
         found.append(as_object(content))
@@ -5559,14 +5661,18 @@ def look_at_model(settings: Settings) -> Model:
     return read_model(settings.model_path, settings.arch, named_template(settings.extra_args))
 
 
-def make_plan(settings: Settings, model: Model, engine: Engine) -> Plan:
-    """How the engine will serve the model. Raises AnyclaudeError for what is known to fail."""
+def make_plan(settings: Settings, model: Model, engine: Engine, machine: Machine | None = None) -> Plan:
+    """How the engine will serve the model. Raises AnyclaudeError for what is known to fail. `machine`: this one, if it was
+    asked already."""
     if engine.version < model.since:
         message = f"{model.name} needs mistral.rs {dotted(model.since)}, and this is {engine}."
         raise AnyclaudeError(message, "anyclaude build\nor choose another model.")
     for message, fix in model.flaws:
         raise AnyclaudeError(message, fix)
-    machine = read_machine(settings.memory_limit)
+    isq = settings.isq
+    if isq.upper() not in ISQ_BITS and isq.lower() != "none" and not lists(engine.help + engine.model_help, isq):
+        raise AnyclaudeError(f"there is no quantisation {isq}.", f"One of: {', '.join(ISQ_BITS)}, none.")
+    machine = machine or read_machine(settings.memory_limit)
     if model.mlx == "experts" and (engine.version >= MLX_EXPERTS_BEFORE or machine.accelerator != "metal"):
         raise AnyclaudeError(
             f"{model.name} is a mixture of experts quantised for MLX, which {engine} does not load: only mistral.rs 0.6 does, "
@@ -5603,56 +5709,66 @@ class Choice:
 
 
 # GGUF architectures with experts. Source: mistralrs-quant/src/gguf/mod.rs at v0.7.0 to v0.9.2, and mistral.rs#2365
-MIXTURES = re.compile(r"\A(\w*moe|gpt-oss|qwen3next|deepseek2) ")
+MIXTURES = re.compile(r"\w*moe|gpt-oss|qwen3next|deepseek2")
 
 
-def weigh(settings: Settings, model: Model, engine: Engine, path: str) -> Choice:
+def weigh(settings: Settings, model: Model, engine: Engine, machine: Machine, path: str) -> Choice:
     """How a model would do here."""
     kind = " ".join(filter(None, (model.arch, model.stored)))
     note = "its chat template knows no tools" if model.dialect.hides_tools and not model.hub else ""
-    if model.files and MIXTURES.search(model.stored) and read_machine().accelerator == "metal":
+    if model.files and MIXTURES.fullmatch(model.arch) and machine.accelerator == "metal":
         note = "slow on a Mac: the experts of a GGUF file are computed by the processor"
     choice = Choice(path, model.weights, kind, note=note)
+    if engine.version < model.since:
+        return dataclasses.replace(choice, problem=f"needs mistral.rs {dotted(model.since)} (anyclaude build)")
     try:
-        return dataclasses.replace(choice, window=make_plan(settings, model, engine).fit.window)
+        return dataclasses.replace(choice, window=make_plan(settings, model, engine, machine).fit.window)
     except AnyclaudeError as error:
         return dataclasses.replace(choice, problem=error.message)
 
 
-def choices(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Choice], list[Choice]]:
-    """-> (the models on this disk, those worth downloading), the best of each first."""
-    engine = Engine(Path("mistralrs"), GENERATIONS[0], version_in(TESTED_TAG))  # which a build would give
+def likely_engine(settings: Settings, environ: Mapping[str, str]) -> Engine:
+    """The engine that is here, else the one that a build would give."""
     with contextlib.suppress(AnyclaudeError):
-        engine = find_engine(settings, environ)
+        return find_engine(settings, environ)
+    return Engine(Path("mistralrs"), GENERATIONS[0], version_in(TESTED_TAG))
+
+
+def choices(settings: Settings, environ: Mapping[str, str], engine: Engine) -> tuple[list[Choice], list[Choice]]:
+    """-> (the models on this disk, those worth downloading), the best of each first."""
     settings = dataclasses.replace(settings, arch="")  # of the model that is set
-    here = []
+    machine, here = read_machine(settings.memory_limit), []
     for path in models_on_disk(environ):
         try:
             place = _hub_snapshot(path) if not os.path.isabs(path) else None
-            here.append(weigh(settings, read_model(str(place or path)), engine, path))
+            here.append(weigh(settings, read_model(str(place or path)), engine, machine, path))
         except (AnyclaudeError, OSError) as error:
             here.append(Choice(path, problem=error.message if isinstance(error, AnyclaudeError) else str(error)))
     listed = {os.path.basename(one.path) for one in here if not one.problem}
-    known = [weigh(settings, model, engine, path) for path, model in KNOWN_MODELS.items()]
-    known = [one for one in known if os.path.basename(one.path) not in listed]
-    here.sort(key=operator.attrgetter("rank"), reverse=True)
-    known.sort(key=operator.attrgetter("rank"), reverse=True)
+    missing = {path: model for path, model in KNOWN_MODELS.items() if os.path.basename(path) not in listed}
+    known = [weigh(settings, model, engine, machine, path) for path, model in missing.items()]
+    here, known = (sorted(rows, key=lambda one: one.rank, reverse=True) for rows in (here, known))
     return here, known
 
 
-def show_choices(here: Sequence[Choice], known: Sequence[Choice]) -> list[str]:
-    """The list of `anyclaude models`: what can be used is numbered."""
-    lines, number = [], 0
+def show_choices(here: Sequence[Choice], known: Sequence[Choice], current: str) -> list[str]:
+    """The list of `anyclaude models`: what can be used is numbered; `current`: the model that is set."""
+    lines, number = [f"{'size':>12}  {'window':>8}  {'kind':22}  model"], 0
     for title, rows in (("On this disk:", here), ("To download, made for tool calls:", known)):
         lines += [title] if rows else []
         for row in rows:
             number += not row.problem
-            window = f"window {row.window}" if row.window else "window unknown" * (not row.problem)
-            facts = f"{gigabytes(row.size) if row.size else '':>8}  {window:14}  {row.kind:22}  {short_path(row.path)}"
-            lines.append(f"{'-' if row.problem else number:>3}  {facts.lstrip() if not row.size else facts}")
-            told = (row.problem.replace(f"{Path.home()}{os.sep}", "~/"), row.note)
+            size, window = gigabytes(row.size) if row.size else "", str(row.window or "?" * (not row.problem))
+            org, _, name = row.path.partition("/")
+            where = short_path(row.path) if rows is here else f"{Path(name).stem} ({org})"
+            star = " *" * (row.path == current)
+            lines.append(f"{'-' if row.problem else number:>3} {size:>8}  {window:>8}  {row.kind:22}  {where}{star}")
+            told = (row.problem.replace(row.path, "", 1).strip(), row.note)
             lines += [f"{'':15}{text}" for text in told if text]
-    return lines or ["No model was found on this disk."]
+    if not here:
+        lines.insert(1, "On this disk: none")
+    lines.append("window: the tokens that fit beside the model; with 65536 or more Claude Code has all its tools")
+    return [*lines, *(["*: the one that is set"] if any(line.endswith(" *") for line in lines) else [])]
 
 
 def short_path(path: str) -> str:
@@ -5662,32 +5778,40 @@ def short_path(path: str) -> str:
 
 
 def choose_model(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """Ask which model to use, keep the answer in the settings file, and use it. With --yes it is the best on this
-    disk. Raises AnyclaudeError if there is none."""
-    here, known = choices(settings, environ)
+    """Ask which model to use, keep the answer in the settings file, and use it. With --yes it is the first of the
+    list. Raises AnyclaudeError if there is none."""
+    engine = likely_engine(settings, environ)
+    here, known = choices(settings, environ, engine)
     usable = [one.path for one in (*here, *known) if not one.problem]
-    path = usable[0] if settings.yes and here and not here[0].problem else ""
-    if settings.yes and not path:
-        raise AnyclaudeError("no model on this disk can be used.", NO_MODEL)
+    if settings.yes and not usable:
+        raise AnyclaudeError("no model on this disk can be used, and none that could be downloaded fits.", NO_MODEL)
+    default = 1 + (usable.index(settings.model_path) if settings.model_path in usable else 0)
+    path = usable[0] if settings.yes else ""
     if not path:
-        say("which model?\n" + "\n".join(show_choices(here, known)))
+        TERMINAL.show(["", "Which model?", *show_choices(here, known, settings.model_path)])
     while not path:
-        first = " [1]" if usable else ""
+        first = f" [{default}]" if usable else ""
         answer = ask(f"A number from the list, a folder, a .gguf file, or a name on Hugging Face{first}:")
         try:
-            path = picked(settings, answer or "1", usable)
-        except (AnyclaudeError, ValueError) as error:
-            say(str(error))
-    keep_settings(settings, [(("backends", settings.backend, "modelPath"), short_path(path))])
+            path = picked(settings, answer or str(default), usable, engine)
+        except AnyclaudeError as error:
+            say(f"{error.message}\n{error.fix}".rstrip())
+        except (OSError, ValueError) as error:
+            say(f"that cannot be a model: {error}")
+    say(f"model: {short_path(path)}")
+    backend = settings.home_backend if settings.kind == "mistralrs" else "mlx"
+    keep_settings(settings, [(("backend",), backend), (("backends", backend, "modelPath"), short_path(path))])
+    say(as_called("to choose another: anyclaude init"))
     return dataclasses.replace(settings, model_path=path)
 
 
-def picked(settings: Settings, answer: str, usable: Sequence[str]) -> str:
-    """The model that an answer means. Raises AnyclaudeError, and ValueError for what is no path."""
+def picked(settings: Settings, answer: str, usable: Sequence[str], engine: Engine) -> str:
+    """The model that an answer means. Raises AnyclaudeError, also for one that cannot be used, and ValueError for no path."""
     if answer.isdecimal() and not 0 < int(answer) <= len(usable):
         raise AnyclaudeError(f"the list has no number {answer}.", "")
     path = usable[int(answer) - 1] if answer.isdecimal() else str(checked("path", answer, Path.cwd()))
-    look_at_model(dataclasses.replace(settings, model_path=path))
+    settings = dataclasses.replace(settings, model_path=path)
+    make_plan(settings, look_at_model(settings), engine)
     return path
 
 
@@ -5695,25 +5819,29 @@ def keep_settings(settings: Settings, values: Iterable[tuple[Sequence[str], Any]
     """Write values, each with its keys, into the user's settings file; everything else in it stays as it is, and where there
     is no file a commented one is begun. Raises AnyclaudeError."""
     path = Path(os.path.realpath(settings.file))  # not the link that may lead to it
-    text = COMMENTED_SETTINGS
+    with contextlib.closing(os.fdopen(lock(state_path("run", "settings.lock"), fcntl.LOCK_EX))):
+        _keep_settings(path, list(values))
+
+
+def _keep_settings(path: Path, values: Sequence[tuple[Sequence[str], Any]]) -> None:
+    text, mode = COMMENTED_SETTINGS, 0o600
     if path.exists():
         read_json(path, comments=True)
-        text = path.read_text(encoding="utf-8-sig")
+        text, mode = path.read_bytes().decode(), path.stat().st_mode & 0o777
     wanted = "{}"
     for keys, value in values:
         text, wanted = (with_setting(one, keys, value) for one in (text, wanted))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, text, mode)
     except OSError as error:
         fix = f"Make it writable, or write into another, for --config-file:\n{wanted}"
         raise AnyclaudeError(f"{path} cannot be written: {error.strerror}.", fix) from None
     say(f"wrote {short_path(str(path))}")
 
 
-def set_up(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, Engine]:
-    """The engine, and the settings with a model. What is missing is set up if the user agrees, and all is asked before the first
-    wait. Raises AnyclaudeError that lists everything that is missing."""
+def what_is_missing(settings: Settings, environ: Mapping[str, str]) -> tuple[Engine | None, list[AnyclaudeError]]:
+    """-> (the engine, what a start of the engine lacks)."""
     engine, missing = None, []
     try:
         engine = find_engine(settings, environ)
@@ -5723,12 +5851,25 @@ def set_up(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, En
         missing.append(error)
     if not settings.model_path:
         missing.append(AnyclaudeError("no model is configured.", NO_MODEL))
+    return engine, missing
+
+
+def all_missing(errors: Sequence[AnyclaudeError]) -> AnyclaudeError:
+    """One error for several, where nobody can be asked."""
+    fixes = ["The same command with --yes sets it up. Or by hand:", *(one.fix for one in errors)]
+    return AnyclaudeError("\n".join(one.message for one in errors), "\n".join(fixes))
+
+
+def set_up(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, Engine]:
+    """The engine, and the settings with a model. What is missing is set up if the user agrees; both questions come before the
+    build and the download. Raises AnyclaudeError with everything that is missing, if nobody can be asked."""
+    engine, missing = what_is_missing(settings, environ)
     if missing and not (settings.yes or can_ask()):
-        raise AnyclaudeError("\n".join(one.message for one in missing), "\n".join(one.fix for one in missing))
+        raise all_missing(missing)
     if not engine:
+        _tell_what_is_missing(check_build(plan_build(settings, environ), environ), "mistral.rs was not found, and ")
         if not agrees("mistral.rs was not found. Build it now? 10 to 40 minutes, once.", settings.yes):
             raise missing[0]
-        _tell_what_is_missing(check_build(plan_build(settings, environ), environ))
     if not settings.model_path:
         settings = choose_model(settings, environ)
     return settings, engine or built_engine(settings, environ)
@@ -5770,6 +5911,13 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[t
         model = look_at_model(settings)
         plan = make_plan(settings, model, engine)
         if model.hub:
+            size = gigabytes(sum(size for size, _ in model.remote.values()))
+            question = f"This project's {SETTINGS_FILE} wants {model.hub} from Hugging Face ({size}). Download it?"
+            if settings.project_model and not agrees(question, settings.yes):
+                raise AnyclaudeError(
+                    f"{model.hub}, which this project's file names, is not on this disk.",
+                    "The same command with --yes downloads it.",
+                )
             fetch_model(model)
             model = look_at_model(settings)
             plan = make_plan(settings, model, engine)
@@ -5896,8 +6044,8 @@ def start_engine(plan: Plan, settings: Settings) -> EngineShare:
     port = settings.port or free_port()
     command = plan.command(settings, port)
     make_shadow(plan.model)
-    told = {"keep_alive": settings.keep_alive, "start_timeout": settings.start_timeout, "window": plan.fit.window}
-    told["weights"] = plan.fit.weights
+    told = {"keep_alive": settings.keep_alive, "start_timeout": settings.start_timeout}
+    told.update(window=plan.fit.window, weights=plan.fit.weights)
     share = EngineShare(port, command, plan.model, **told, engine=str(plan.engine), version=plan.engine.version)
     laid = plan.fit
     if laid.token and laid.weights + 2 * laid.window * laid.token > plan.machine.memory:
@@ -5925,11 +6073,17 @@ def start_share(share: EngineShare, settings: Settings, model: Model, details: s
 
 def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) -> int:
     """The session: engine, proxy, Claude Code -> the exit status."""
-    claude = None if settings.proxy_only else set_up_claude(settings, environ)  # before a model is loaded in vain
+    try:
+        claude = None if settings.proxy_only else set_up_claude(settings, environ)  # before a model is loaded in vain
+    except AnyclaudeError as error:
+        if settings.yes or can_ask() or settings.claude_binary:
+            raise
+        starts = settings.kind == "mistralrs" and not settings.demo and not settings.server_script
+        raise all_missing([error, *(what_is_missing(settings, environ)[1] if starts else [])]) from None
     if settings.proxy_port and not port_is_free(settings.proxy_port):
         raise port_taken("the proxy's ", settings.proxy_port, "--proxy-port")
-    alone = {"-v", "--version", "-h", "--help"}
-    if claude and arguments and arguments[0] in alone | claude_commands(claude_help(claude)):
+    commands = {"-v", "--version", "-h", "--help"} | (claude_commands(claude_help(claude)) if claude else set())
+    if claude and arguments and arguments[0] in commands:  # with an option of ours before it
         return run_claude(claude, arguments, environ)
     memory = state_path("cache", "tokens.json")
     named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
@@ -5975,8 +6129,11 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             ended = run_claude(claude, arguments, environment)
         if share and (told := share.trouble() or share.history()):
             say(told)
-        elif talks and not ended:
+        elif talks and settings.demo:
+            say(as_called("that was the demo; with a model of yours: anyclaude"))
+        elif talks:
             say(as_called("to go on with this conversation: anyclaude --continue"))
+            say("(claude by itself would talk to Anthropic's servers)")
         return ended
 
 
@@ -6172,8 +6329,8 @@ def diagnose(settings: Settings, environ: Mapping[str, str]) -> tuple[list[Check
     engine = examine("engine", lambda: find_engine(settings, environ), str)
     if engine is None:
         plan = plan_build(settings, environ)
-        checks.append(Check("build", "ok", f"anyclaude build would build {plan.words}"))
-        checks.extend(check_build(plan, environ))
+        needs = [Check("build", "ok", f"anyclaude build would build {plan.words}"), *check_build(plan, environ)]
+        checks[-1:-1] = needs  # what it needs is to be mended first
     machine = read_machine(settings.memory_limit)
     usable = f"{gigabytes(machine.memory)} for the engine ({machine.source}), {machine.accelerator or 'processor only'}"
     checks.append(Check("memory", "ok", usable))
@@ -6238,7 +6395,8 @@ def doctor(settings: Settings, options: Sequence[str]) -> int:
         return int(failed)
     marks = {"ok": "ok", "warning": "warning", "failure": "FAILURE"}
     for check in checks:
-        lines = [*check.text.split("\n"), *(f"fix: {fix}" for fix in as_called(check.fix).split("\n") if fix)]
+        fixes = as_called(f"fix: {check.fix}" * bool(check.fix)).replace("\n", "\n     ")
+        lines = [*check.text.split("\n"), *fixes.split("\n")] if fixes else check.text.split("\n")
         print(
             "".join(
                 f"{marks[check.state] if not at else '':9}{check.name if not at else '':10}{plain(text)}\n"
@@ -6247,7 +6405,7 @@ def doctor(settings: Settings, options: Sequence[str]) -> int:
             end="",
         )
     print(
-        f"would run: {line}"
+        f"would run: {plain(line)}"
         if line and not failed
         else as_called("Mend the failures from the top, then: anyclaude doctor")
     )
@@ -6270,35 +6428,34 @@ def build_command(settings: Settings, options: Sequence[str]) -> int:
 
 def models(settings: Settings, options: Sequence[str]) -> int:
     """`anyclaude models [--json]`: what is on this disk, and what is worth downloading."""
-    here, known = choices(settings, os.environ)
+    here, known = choices(settings, os.environ, likely_engine(settings, os.environ))
     if "--json" in options:
         listed = {"on_disk": here, "to_download": known}
         print(json.dumps({name: [dataclasses.asdict(one) for one in rows] for name, rows in listed.items()}, indent=2))
         return 0
-    print("\n".join(map(plain, show_choices(here, known))))
-    print(f"\nset now: {short_path(settings.model_path) or 'none'}")
-    print(as_called("to use one: anyclaude --model-path NAME; for good: anyclaude init"))
+    print("\n".join(map(one_line, show_choices(here, known, settings.model_path))))
+    print(as_called("to choose one of them: anyclaude init"))
     return 0
 
 
 def init(settings: Settings, options: Sequence[str]) -> int:
     """`anyclaude init [own options]`: write the settings file, or change in it what the options say; on a terminal, and if they
     say nothing of the model, ask for it."""
-    remote = "base_url" in settings.given
-    backend = "remote" if remote else settings.backend
+    remote, chosen = "base_url" in settings.given, "model_path" in settings.given
+    backend = "remote" if remote else settings.backend if chosen else settings.home_backend
     values = [
         (("backends", backend, key.json), short_path(value) if isinstance(value, str) else value)
         for key in KEYS
         if key.field in settings.given and key.json and (value := getattr(settings, key.field)) is not None
     ]
-    asks = can_ask() and not remote and "model_path" not in settings.given
+    asks = can_ask() and not values
     if not asks and not values and Path(settings.file).exists():
         fix = "anyclaude init --model-path /path/to/model   (all else in it stays as it is)"
         raise AnyclaudeError(f"{short_path(settings.file)} is there already.", fix)
-    if "model_path" in settings.given:
+    if chosen:
         look_at_model(settings)  # a wrong one is not kept
     if values or not asks:
-        keep_settings(settings, [*([(("backend",), backend)] if remote else []), *values])
+        keep_settings(settings, [*([(("backend",), backend)] if remote or chosen else []), *values])
     if asks:
         choose_model(settings, os.environ)
     else:
@@ -6309,23 +6466,28 @@ def init(settings: Settings, options: Sequence[str]) -> int:
 def read_requests() -> list[Json]:
     """What REQUESTS_LOG and the one before it hold, oldest first; what is not of its shape is passed over."""
     path, found = state_path(*REQUESTS_LOG), []
-    for file in (path.with_name(f"{path.name}.1"), path):
-        with contextlib.suppress(OSError):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    found.append(as_object(json.loads(line)))
-    numbers = ("time", "prompt_tokens", "output_tokens", "seconds")
-    return [one for one in found if all(type(one.get(name)) in (int, float) for name in numbers)]
+    for file in filter(Path.is_file, (path.with_name(f"{path.name}.1"), path)):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                found.append(as_object(from_json(line)))
+    return [
+        one for one in found if all(map(is_figure, map(one.get, ("time", "prompt_tokens", "output_tokens", "seconds"))))
+    ]
+
+
+def is_figure(value: Any) -> bool:
+    """Whether `value` is a number that a request can have."""
+    return type(value) in (int, float) and 0 <= value < 1e12
 
 
 def session_figures(requests: Sequence[Json]) -> Json:
     """The figures of one session's requests; medians, of those that have them. Pure."""
 
     def middle(name: str) -> float | None:
-        values = sorted(one[name] for one in requests if type(one.get(name)) in (int, float))
+        values = sorted(one[name] for one in requests if is_figure(one.get(name)))
         return values[len(values) // 2] if values else None
 
-    told = [one for one in requests if type(one.get("cached_tokens")) is int]
+    told = [one for one in requests if is_figure(one.get("cached_tokens"))]
     read = sum(one["prompt_tokens"] for one in told)
     return {
         "session": requests[0].get("session"),
@@ -6415,7 +6577,8 @@ def near_miss(arguments: Sequence[str], claude_help: str) -> tuple[str, str]:
         near = near or [one for one in own if len(name) > 5 and one.startswith(name) and claude_help]
         if len(given) > 3 and given[0] == "-" and near and given not in near and not lists(claude_help, given):
             return given, near[0]
-    word = arguments[0] if len(arguments) == 1 and not arguments[0].startswith("-") else ""
+    word = arguments[0] if arguments and all(one.startswith("-") for one in arguments[1:]) else "-"
+    word = "" if word.startswith("-") else word
     near = difflib.get_close_matches(word, list(COMMANDS), 1, 0.75)
     return (word, near[0]) if near and word not in claude_commands(claude_help) else ("", "")
 
@@ -6432,6 +6595,27 @@ def check_typos(settings: Settings, arguments: Sequence[str]) -> None:
         name = "option" if given.startswith("-") else "command"
         fix = f"anyclaude {meant}" + (" ..." if name == "option" else "")
         raise AnyclaudeError(f"anyclaude has no {name} {given}.", f"{fix}\nor, for claude: anyclaude -- {given}")
+
+
+def claude_for_command(arguments: Sequence[str]) -> Path | None:
+    """Claude Code, if it is asked for a command of its own (mcp, update, ...), which talks to no model and has options of
+    its own; None otherwise."""
+    word = arguments[0] if arguments else ""
+    if not re.fullmatch(r"[a-z][a-z-]*", word) or word in COMMANDS or word == "help":
+        return None
+    with contextlib.suppress(AnyclaudeError):
+        settings = load_settings({}, os.environ, Path.cwd(), Path.home())[0]
+        claude = find_claude(settings, os.environ)
+        return claude if word in claude_commands(claude_help(claude)) else None
+    return None
+
+
+def working_folder() -> Path:
+    """The working directory. Raises AnyclaudeError if it was removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        raise AnyclaudeError("the folder that you are in does not exist any more.", "cd ~") from None
 
 
 def exit_on_signals() -> None:
@@ -6479,8 +6663,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_streams()
     exit_on_signals()
     try:
+        if (claude := claude_for_command(arguments)) is not None:
+            return run_claude(claude, arguments, os.environ)
         own, rest = split_arguments(arguments)
-        if rest[:1] in (["--help"], ["-h"], ["--version"]) and "--" not in arguments:
+        if (rest[:1] in (["--help"], ["-h"], ["--version"]) or rest == ["help"]) and "--" not in arguments:
             print(f"anyclaude {__version__}" if rest[0] == "--version" else USAGE.rstrip())
             return 0
         if not os.path.isabs(os.path.expanduser("~")):
@@ -6490,7 +6676,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = rest[0] if rest and rest[0] in COMMANDS and arguments[-len(rest) - 1 : -len(rest)] != ["--"] else ""
         if command in ("status", "stop", "logs", "stats"):  # these need no settings, and work with broken ones
             return COMMANDS[command][0](Settings(), command_options(command, rest[1:]))
-        settings, warnings = load_settings(own, os.environ, Path.cwd(), Path.home())
+        settings, warnings = load_settings(own, os.environ, working_folder(), Path.home(), begins=command == "init")
         for warning in warnings:
             say(f"warning: {warning}")
         if command:

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=7e4f6043fbdc595cecb380eafe279fc9ccb78aa751af43eed8c5cec1079d5c95
+sha256=d7e3ad21891fd22cf39f8f589c2bca0cb46e21a61f81ee418a96325926efd2f5
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
@@ -162,10 +162,10 @@ say_how_to_run() {
         line="export PATH=\"$shown:\$PATH\""
         case ${SHELL-}:$system in
         *fish:*) line="fish_add_path \"$shown\"" ;;
-        *zsh:*) line="echo '$line' >> ~/.zshrc" ;;
-        *bash:Darwin) line="echo '$line' >> ~/.bash_profile" ;;
-        *bash:*) line="echo '$line' >> ~/.bashrc" ;;
-        *) line="echo '$line' >> ~/.profile" ;;
+        *zsh:*) line="echo $(quoted "$line") >> ~/.zshrc" ;;
+        *bash:Darwin) line="echo $(quoted "$line") >> ~/.bash_profile" ;;
+        *bash:*) line="echo $(quoted "$line") >> ~/.bashrc" ;;
+        *) line="echo $(quoted "$line") >> ~/.profile" ;;
         esac
         say "to call it anyclaude, add its folder to your PATH; this does, for terminals opened afterwards:"
         printf '\n    %s\n\n' "$line" >&2
@@ -185,6 +185,7 @@ uninstall() {
     state=${HOME:-/nowhere}/.anyclaude
     if [ ! -e "$target" ] && [ ! -L "$target" ]; then
         say "not installed: there is no $target"
+        [ ! -d "$state" ] || offer_to_remove "$state"
         return
     fi
     [ ! -d "$state" ] || said=$("$target" stop 2>&1) || case $said in

@@ -227,7 +227,7 @@ def test_the_commands_about_an_engine_work_with_broken_settings_and_a_reader_tha
 def test_what_nobody_foresaw_is_told_in_words_and_kept(
     box: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError("nobody")
 
     monkeypatch.setenv("HOME", str(box.home))

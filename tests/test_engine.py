@@ -124,7 +124,7 @@ def test_the_newest_generation_is_taken_from_the_first_place_that_has_it(
     path = {"PATH": f"{tmp_path}/path:/usr/bin:/bin"}
     with pytest.raises(AnyclaudeError, match="not found") as caught:
         find_engine(Settings(source_dir=source), path)
-    assert "anyclaude build" in caught.value.fix and "--demo" in caught.value.fix
+    assert "anyclaude build" in caught.value.fix and '"binary"' in caught.value.fix
     places = ["home/.cargo/bin", "home/.mistralrs", "home/.local/bin", "source/target/release", "path"]
     for name in ("mistralrs-server", "mistralrs"):
         for place in places:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -42,6 +43,7 @@ from anyclaude import (
 )
 
 GB = 1 << 30
+NEWEST = anyclaude.likely_engine(Settings(binary="/nowhere"), {})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -116,6 +118,54 @@ def test_init_begins_a_file_and_changes_one_without_losing_a_comment(sandbox: Sa
     assert (settings.kind, settings.base_url) == ("remote", "http://localhost:9/v1") and "// mine" in path.read_text()
 
 
+def test_a_text_that_is_not_closed_is_read_in_no_time(sandbox: Sandbox) -> None:
+    sandbox.settings("{" + '"\\' * 200_000 + "\n}")
+    started = time.monotonic()
+    assert "not valid JSON" in sandbox.run("models").stderr and time.monotonic() - started < 10
+
+
+def test_inits_at_the_same_moment_lose_nothing(sandbox: Sandbox) -> None:
+    options = {"--isq": "Q3K", "--context-window": "4096", "--prompt": "lean", "--engine-port": "9000"}
+    running = [sandbox.start("init", *pair) for pair in options.items()]
+    assert [process.wait(30) for process in running] == [0, 0, 0, 0]
+    settings = load_settings({}, {}, sandbox.work, sandbox.home)[0]
+    assert (settings.isq, settings.context_window, settings.prompt, settings.port) == ("Q3K", 4096, "lean", 9000)
+
+
+def test_a_project_decides_neither_where_a_choice_is_kept_nor_what_is_downloaded(
+    sandbox: Sandbox, stand_in: Path, tiny_model: Path
+) -> None:
+    odd = {"modelPath": "./\x1b]0;x\x07\x1b[2J"}
+    sandbox.settings({"backend": "evil", "backends": {"evil": odd}}, sandbox.work)
+    for command in ("models", "doctor"):
+        done = sandbox.run(command)
+        assert "\x1b" not in done.stdout + done.stderr
+    sandbox.run("init", "--context-window", "4096")
+    assert load_settings({}, {}, sandbox.home, sandbox.home)[0].context_window == 4096
+    sandbox.settings({"backends": {"mlx": {"modelPath": "org/Big"}}}, sandbox.work)
+    content = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.is_file()}
+    Hub.content, Hub.plan, Hub.seen = content, [], []
+    with serving(Hub) as url:
+        done = sandbox.run("--proxy-only", env={"HF_ENDPOINT": url})
+        assert done.returncode == 1 and "which this project's file names, is not on this disk" in done.stderr
+        assert not (sandbox.home / "models").exists()
+        status, shown = sandbox.on_terminal(
+            "--proxy-only", env={"HF_ENDPOINT": url, "ANYCLAUDE_ENGINE_PORT": "0"},
+            answers=[("Download it? [Y/n]", "y\n"), ("Ctrl-C ends it", "\x03")],
+        )  # fmt: skip
+    assert status == 0 and "downloading Big" in shown, shown
+
+
+def test_a_model_that_is_named_is_not_sent_to_a_server(sandbox: Sandbox, stand_in: Path, tiny_model: Path) -> None:
+    sandbox.run("init", "--base-url", "http://127.0.0.1:9/v1")
+    assert load_settings({}, {}, sandbox.work, sandbox.home)[0].kind == "remote"
+    settings = load_settings({"--model-path": str(tiny_model)}, {}, sandbox.work, sandbox.home)[0]
+    assert (settings.kind, settings.backend, settings.base_url) == ("mistralrs", "mlx", "")
+    sandbox.run("init", "--model-path", str(tiny_model))
+    settings = load_settings({}, {}, sandbox.work, sandbox.home)[0]
+    assert (settings.kind, settings.model_path) == ("mistralrs", str(tiny_model))
+
+
 def test_init_keeps_no_wrong_model_and_touches_no_broken_file(sandbox: Sandbox) -> None:
     done = sandbox.run("init", "--model-path", "/nowhere")
     assert done.returncode == 1 and "does not exist" in done.stderr
@@ -162,18 +212,22 @@ def test_models_lists_what_is_on_the_disk_and_what_fits_first(shelf: Sandbox) ->
     problems = [bool(row["problem"]) for row in listed["to_download"]]
     assert len(problems) > 5 and problems == sorted(problems)
     text = shelf.run("models").stdout
-    assert re.search(r"(?m)^  3 .*window 131072 +qwen3 F32", text) and "set now: none" in text
-    assert re.search(r"(?m)^  4 .*Q4_K_M\.gguf$", text) and str(shelf.home) not in text
+    assert re.search(r"(?m)^  3 +1 MB +131072  qwen3 F32", text)
+    assert (
+        re.search(r"(?m)^  4 .*Q4_K_M \(\w+\)$", text)
+        and max(map(len, text.splitlines())) < 110
+        and str(shelf.home) not in text
+    )
 
 
 def test_a_machine_without_memory_is_offered_what_fits_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(anyclaude, "read_machine", lambda limit=0: Machine("", 6 * GB, "a test"))
-    here, known = anyclaude.choices(Settings(), {"PATH": ""})
+    here, known = anyclaude.choices(Settings(), {"PATH": ""}, NEWEST)
     assert not here and "Qwen3-4B" in known[0].path and not known[0].problem
     assert {one.path for one in known if one.problem} > {path for path in anyclaude.KNOWN_MODELS if "27B" in path}
     monkeypatch.setattr(anyclaude, "read_machine", lambda limit=0: Machine("metal", 40 * GB, "a test"))
-    known = anyclaude.choices(Settings(), {"PATH": ""})[1]
+    known = anyclaude.choices(Settings(), {"PATH": ""}, NEWEST)[1]
     assert "27B" in known[0].path  # of those that know no better, the largest; not one whose experts are slow there
     assert "slow" in next(one.note for one in known if "A3B" in one.path)
 
@@ -184,6 +238,53 @@ def test_every_model_of_the_table_can_be_named_and_weighed(name: str) -> None:
     model = anyclaude.KNOWN_MODELS[name]
     assert 2e9 < model.weights < 60e9 and fit(model, Machine("", 100 * GB, ""), "Q4K").window >= 32768
     assert model.since <= anyclaude.version_in(anyclaude.TESTED_TAG) and model.quantised and model.stored
+
+
+@pytest.mark.parametrize("place", [*anyclaude.MODEL_FOLDERS, "~/.cache/huggingface/hub/models--a--b/snapshots/c"])
+def test_every_place_where_models_are_kept_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = Path(os.path.expanduser(place)) / ("one" * ("Jan" in place))
+    folder.mkdir(parents=True)
+    (folder / "x-Q4_K_M.gguf").touch()
+    (folder / "x-Q8_0-00002-of-00002.gguf").touch()
+    if "hub" in place:
+        (folder.parent.parent / "refs").mkdir()
+        (folder.parent.parent / "refs" / "main").write_text("c")
+    assert anyclaude.models_on_disk({}) == [str(folder / "x-Q4_K_M.gguf")]
+
+
+def test_what_is_on_the_disk_is_not_offered_for_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = next(iter(anyclaude.KNOWN_MODELS))
+    path = tmp_path / "models" / os.path.basename(name)
+    monkeypatch.setattr(anyclaude, "read_model", lambda *_: dataclasses.replace(anyclaude.KNOWN_MODELS[name], path="/"))
+    path.parent.mkdir()
+    path.touch()
+    here, known = anyclaude.choices(Settings(memory_limit=100_000), {"PATH": ""}, NEWEST)
+    assert [one.path for one in here] == [str(path)] and name not in [one.path for one in known]
+    assert len(known) == len(anyclaude.KNOWN_MODELS) - 1
+
+
+def test_settings_that_cannot_be_written_are_shown_instead(sandbox: Sandbox, tiny_model: Path) -> None:
+    done = sandbox.run("init", "--config-file", "/proc/none.json", "--model-path", str(tiny_model))
+    assert done.returncode == 1 and "/proc/none.json cannot be written" in done.stderr
+    assert f'"modelPath": "{tiny_model}"' in done.stderr and "--config-file" in done.stderr
+    assert sandbox.run("init", "--config-file", "new.json", "--model-path", str(tiny_model)).returncode == 0
+    assert str(tiny_model) in (sandbox.work / "new.json").read_text()
+    assert sandbox.run("doctor", "--config-file", "none.json").returncode == 1
+
+
+def test_a_file_keeps_its_mode_and_its_line_ends_and_odd_paths_are_kept(sandbox: Sandbox, tiny_model: Path) -> None:
+    path = sandbox.settings('{\r\n  // mine\r\n  "backend": "mlx"\r\n}\r\n')
+    path.chmod(0o644)
+    odd = os.fsdecode(bytes(sandbox.home) + b"/\xff")
+    shutil.copytree(tiny_model, odd)
+    done = sandbox.run("init", "--model-path", odd)
+    assert done.returncode == 0, done.stderr
+    assert b"// mine\r\n" in path.read_bytes() and path.stat().st_mode & 0o777 == 0o644
+    assert load_settings({}, {}, sandbox.work, sandbox.home)[0].model_path.endswith("/\udcff")
 
 
 # --- Downloads ---
@@ -214,10 +315,14 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, data)
         if trouble == "busy":
             return self.answer(503, b"")
-        if trouble == "elsewhere":
-            self.send_response(302)
-            self.send_header("Location", f"/cdn{path}")
+        if trouble in ("elsewhere", "moved"):
+            here = f"http://{self.headers['Host']}"
+            self.send_response(302 if trouble == "elsewhere" else 308)
+            there = here.replace("127.0.0.1", "localhost") if trouble == "elsewhere" else here
+            self.send_header("Location", f"{there}/cdn-{trouble}{path}")
             return self.end_headers()
+        if trouble == "unsatisfiable":
+            return self.answer(416, b"")
         if trouble == "endless":
             data += b"x" * 99_999
         if trouble == "another":
@@ -312,15 +417,15 @@ def test_a_file_that_came_differently_is_not_used(hub: str) -> None:
     anyclaude.fetch_model(model)
 
 
-def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_goes_to_the_hub_and_to_no_other_host(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     token = Path.home() / ".cache" / "huggingface" / "token"
     token.parent.mkdir(parents=True)
     token.write_text("hf_secret\n")
     model = read_model("org/Big")
-    Hub.plan.append("elsewhere")
+    Hub.plan.extend(["elsewhere", "cut", "moved"])
     anyclaude.fetch_model(model)
-    carried = {path.startswith("/cdn"): header for path, _, header in Hub.seen}
-    assert carried == {False: "Bearer hf_secret", True: None}
+    carried = {path.partition("/org")[0]: header for path, _, header in Hub.seen if "safetensors" in path}
+    assert carried == {"": "Bearer hf_secret", "/cdn-elsewhere": None, "/cdn-moved": "Bearer hf_secret"}
 
 
 def test_a_model_that_is_not_to_be_had_is_a_clear_error(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +435,7 @@ def test_a_model_that_is_not_to_be_had_is_a_clear_error(hub: str, monkeypatch: p
         read_model("org/None")
     assert "HF_TOKEN=" in caught.value.fix
     monkeypatch.setitem(Hub.content, "config.json", b"[]")
-    with pytest.raises(AnyclaudeError, match="holds no model"):
+    with pytest.raises(AnyclaudeError, match="no config.json"):
         read_model("org/Big")
     model = dataclasses.replace(read_model_of(Hub), remote={"x": (1 << 60, "")})
     with pytest.raises(AnyclaudeError, match="more on the disk"):
@@ -342,6 +447,32 @@ def test_a_model_that_is_not_to_be_had_is_a_clear_error(hub: str, monkeypatch: p
 
 def read_model_of(hub: type[Hub]) -> anyclaude.Model:
     return anyclaude.Model(str(Path.home() / "models" / "org" / "Big"), "Big", hub="org/Big")
+
+
+def test_what_is_no_beginning_of_the_file_is_begun_anew(hub: str) -> None:
+    model = read_model("org/Big")
+    Path(model.path).mkdir(parents=True)
+    (Path(model.path) / "model.safetensors.part").write_bytes(b"x" * 10)
+    (Path(model.path) / "gone.safetensors.part").write_bytes(b"x" * 10)
+    Hub.plan.append("unsatisfiable")
+    anyclaude.fetch_model(model)
+    assert (Path(model.path) / "model.safetensors").read_bytes() == Hub.content["model.safetensors"]
+    assert not list(Path(model.path).glob("*.part")) and read_model("org/Big").hub == ""
+
+
+@pytest.mark.parametrize("error", [OSError(113, "No route to host"), anyclaude.ssl.SSLError(1, "bad record mac")])
+def test_the_network_is_told_from_the_disk(hub: str, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    model, read = read_model("org/Big"), anyclaude.http.client.HTTPResponse.read
+    failures = [error]
+
+    def fail_once(reply: Any, *amount: int) -> bytes:
+        if failures and amount:
+            raise failures.pop()
+        return read(reply, *amount)
+
+    monkeypatch.setattr(anyclaude.http.client.HTTPResponse, "read", fail_once)
+    anyclaude.fetch_model(model)
+    assert not failures and read_model("org/Big").hub == ""
 
 
 def test_two_sessions_do_not_write_into_one_download(hub: str) -> None:
@@ -366,6 +497,74 @@ def test_a_gguf_of_a_repository_is_named_by_its_file(hub: str, monkeypatch: pyte
     assert set(model.remote) == set(files) - {"a-Q4_K_M.gguf"} and len(model.files) == 2
     anyclaude.fetch_model(model)
     assert (Path(model.path) / model.files[1]).read_bytes() == b"3"
+
+
+@pytest.fixture
+def large(hub: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """org/Big has 3 GB of weights -> its config.json."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "max_position_embeddings": 40960, "vocab_size": 150_000,
+        "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    }  # fmt: skip
+    whole = anyclaude.hub_files
+    sizes = {"model.safetensors": (3 * GB, "")}
+    monkeypatch.setattr(anyclaude, "hub_files", lambda name: {**whole(name), **sizes})
+    monkeypatch.setitem(Hub.content, "config.json", json.dumps(config).encode())
+    return config
+
+
+def test_what_will_not_do_is_refused_before_it_is_downloaded(
+    hub: str, large: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = read_model("org/Big")
+    assert (model.weights, model.cache, model.context) == (3 * GB, 48 * 2 * 4 * 128, 40960)
+    assert 0.28 < model.size("Q4K") / model.weights < 0.45 and not model.flaws
+    with pytest.raises(AnyclaudeError, match="does not fit"):
+        fit(model, Machine("", GB, ""), "Q4K")
+    monkeypatch.setitem(
+        Hub.content, "config.json", json.dumps({**large, "architectures": ["OlmoeForCausalLM"]}).encode()
+    )
+    with pytest.raises(AnyclaudeError, match="does not load"):
+        read_model("org/Big")
+    monkeypatch.setitem(Hub.content, "config.json", json.dumps(large).encode())
+    monkeypatch.setitem(Hub.content, "tokenizer_config.json", b"{}")
+    assert "no chat template" in read_model("org/Big").flaws[0][0]
+    monkeypatch.setattr(anyclaude, "hub_files", lambda name: {"x-Q4_0.gguf": (40 * GB, "")})
+    with pytest.raises(AnyclaudeError, match="does not fit"):  # though it is not known what its cache takes
+        fit(read_model("org/Big"), Machine("", 8 * GB, ""), "Q4K")
+    monkeypatch.setattr(anyclaude, "hub_files", lambda name: {"config.json": (1, ""), "pytorch_model.bin": (9, "")})
+    with pytest.raises(AnyclaudeError, match=r"no \*\.safetensors"):
+        read_model("org/Big")
+
+
+def test_how_far_a_download_is_shows_on_a_terminal(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(anyclaude.TERMINAL, "waiting", shown.append)
+    anyclaude.fetch_model(read_model("org/Big"))
+    assert any(re.fullmatch(r"download: 100 %, 1 MB of 1 MB, \d+\.\d MB/s, 0 s left", line) for line in shown), shown
+    assert shown[-1] == ""
+
+
+@pytest.mark.parametrize("endpoint", ["hf-mirror.example", "http://127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_a_hub_that_cannot_be_reached_is_named(hub: str, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(AnyclaudeError, match=f"{endpoint} cannot be reached"):
+        read_model("org/Big")
+
+
+def test_a_token_with_a_line_end_is_no_trouble(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x\n")
+    assert read_model("org/Big").hub and {token for *_, token in Hub.seen} == {"Bearer hf_x"}
+
+
+def test_another_file_that_is_being_downloaded_is_no_reason_to_ask_the_hub(hub: str) -> None:
+    anyclaude.fetch_model(read_model("org/Big"))
+    place = Path.home() / "models" / "org" / "Big"
+    (place / "q8").mkdir()
+    (place / "q8" / "x.gguf.part").touch()
+    assert read_model("org/Big").hub == ""
+    (place / "model.safetensors.part").touch()
+    assert read_model("org/Big").hub == "org/Big"
 
 
 def test_names_that_lead_out_of_the_folder_are_not_downloaded(hub: str) -> None:
@@ -431,11 +630,19 @@ def test_a_first_run_asks_for_what_is_missing_and_keeps_the_choice(
     answers = [("[Y/n]", "y\n"), ("[1]:", "77\n"), ("[1]:", "/nowhere\n"), ("[1]:", "2\n")]
     status, shown = newcomer.on_terminal(answers=answers)
     assert status == 0 and "the end" in shown, shown
-    order = ["Claude Code was not found. Install it now, with npm", "which model?", "On this disk:", "To download"]
+    order = [
+        "Claude Code was not found. Install it now?",
+        "(npm install",
+        "Which model?",
+        "On this disk:",
+        "To download",
+    ]
     order += [
         "has no number 77",
         "/nowhere does not exist",
+        "model: ",
         "wrote ~/.anyclauderc.json",
+        "to choose another: ",
         "starting mistral.rs",
         "Proxy URL",
         "the end",
@@ -448,7 +655,11 @@ def test_a_first_run_asks_for_what_is_missing_and_keeps_the_choice(
         "install", "-g", "--prefix", f"{newcomer.home}/.local", "@anthropic-ai/claude-code@latest",
     ]  # fmt: skip
     status, shown = newcomer.on_terminal()
-    assert status == 0 and "which model" not in shown and "[Y/n]" not in shown
+    assert status == 0 and "Which model" not in shown and "[Y/n]" not in shown
+    assert re.search(r"to go on with this conversation: python3 .*anyclaude.py --continue", shown)
+    status, shown = newcomer.on_terminal("init", answers=[("[2]:", "\n")])  # what is set is the default
+    assert " *\r\n" in shown and "*: the one that is set" in shown
+    assert load_settings({}, {}, newcomer.work, newcomer.home)[0].model_path == chosen
 
 
 def test_with_yes_nothing_is_asked(newcomer: Sandbox, stand_in: Path) -> None:
@@ -457,30 +668,65 @@ def test_with_yes_nothing_is_asked(newcomer: Sandbox, stand_in: Path) -> None:
     assert load_settings({}, {}, newcomer.work, newcomer.home)[0].model_path
 
 
+def test_with_yes_and_no_model_the_first_that_fits_is_downloaded(sandbox: Sandbox, stand_in: Path) -> None:
+    done = sandbox.run("--proxy-only", "--yes")  # here the hub cannot be reached
+    assert done.returncode == 1 and "is to be downloaded" in done.stderr and "model: " in done.stderr
+    name = load_settings({}, {}, sandbox.work, sandbox.home)[0].model_path
+    assert (
+        name
+        == anyclaude.choices(
+            Settings(), {"PATH": str(sandbox.bin)}, anyclaude.likely_engine(Settings(), {"PATH": str(sandbox.bin)})
+        )[1][0].path
+    )
+
+
+def test_a_model_that_cannot_be_used_is_not_kept(newcomer: Sandbox, stand_in: Path) -> None:
+    bare = make_tiny_model(newcomer.home / "bare")
+    (bare / "tokenizer_config.json").write_text("{}")
+    status, shown = newcomer.on_terminal("init", answers=[("[1]:", f"{bare}\n"), ("[1]:", "\x03")])
+    assert status == 130 and "no chat template" in shown and not (newcomer.home / ".anyclauderc.json").exists()
+
+
+def test_init_with_an_option_asks_for_nothing_else(newcomer: Sandbox, stand_in: Path) -> None:
+    status, shown = newcomer.on_terminal("init", "--isq", "Q3K")
+    assert (
+        status == 0
+        and "Which model" not in shown
+        and '"isq": "Q3K"' in (newcomer.home / ".anyclauderc.json").read_text()
+    )
+
+
+def test_a_claude_in_npms_own_folder_is_found(newcomer: Sandbox, stand_in: Path) -> None:
+    claude = newcomer.home / "global" / "bin" / "claude"
+    claude.parent.mkdir(parents=True)
+    claude.write_text("#!/bin/sh\necho the end\n")
+    claude.chmod(0o755)
+    (newcomer.bin / "npm").write_text(f'#!/bin/sh\n[ "$*" = "prefix -g" ] && echo {newcomer.home}/global\n')
+    assert newcomer.run("--demo", "-p", "hi").stdout == "the end\n"
+
+
 def test_without_a_terminal_everything_that_is_missing_is_told_at_once(newcomer: Sandbox) -> None:
-    done = newcomer.run("-p", "hi")
-    assert done.returncode == 1 and "Claude Code (claude) was not found" in done.stderr
-    assert "npm install -g" in done.stderr and "--yes" in done.stderr and not (newcomer.home / "npm").exists()
-    done = newcomer.run("--proxy-only")
-    for words in (
+    words = [
         "mistral.rs was not found",
         "no model is configured",
-        "build",
-        "--yes",
-        "models",
-        "--model-path",
-        "--demo",
-    ):
-        assert words in done.stderr
+        "with --yes",
+        "anyclaude.py build",
+        "anyclaude.py models",
+    ]
+    words += ["--model-path", "--demo"]
+    done = newcomer.run("--proxy-only")
+    assert done.returncode == 1 and all(one in done.stderr for one in words), done.stderr
+    done = newcomer.run("-p", "hi")
+    words += ["Claude Code (claude) was not found", "npm install -g"]
+    assert done.returncode == 1 and all(one in done.stderr for one in words), done.stderr
+    assert done.stderr.count("--demo") == 1 and not (newcomer.home / "npm").exists()
     assert not (newcomer.home / ".anyclauderc.json").exists()
 
 
-def test_questions_come_before_the_long_wait(newcomer: Sandbox) -> None:
-    """The build fails here for want of a compiler: it is told before a model is asked for."""
-    status, shown = newcomer.on_terminal(
-        "--proxy-only", answers=[("Build it now?", "y\n")], env={"PATH": str(newcomer.bin)}
-    )
-    assert status == 1 and "cannot be built yet" in shown and "which model" not in shown
+def test_what_a_build_lacks_is_told_before_anything_is_asked(newcomer: Sandbox) -> None:
+    status, shown = newcomer.on_terminal("--proxy-only", env={"PATH": str(newcomer.bin)})
+    assert status == 1 and "not found, and it cannot be built yet" in shown and "rustup" in shown
+    assert "then the same command again" in shown and "Which model" not in shown and "[Y/n]" not in shown
 
 
 def test_no_is_an_answer(newcomer: Sandbox, stand_in: Path) -> None:
@@ -556,6 +802,7 @@ Commands:
         ("docter", "doctor"),
         ("modles", "models"),
         ("statuss", "status"),
+        ("docter --json", "doctor"),
     ],
 )
 def test_a_near_miss_of_what_is_ours_is_found(words: str, meant: str) -> None:
@@ -584,6 +831,14 @@ def test_a_near_miss_of_what_is_ours_is_found(words: str, meant: str) -> None:
 )
 def test_what_is_claudes_or_a_prompt_is_no_near_miss(words: str) -> None:
     assert near_miss(words.split(), CLAUDE_HELP) == ("", "")
+
+
+@pytest.mark.outside
+def test_claudes_own_commands_get_their_arguments_unchanged(sandbox: Sandbox, claude: Path) -> None:
+    done = sandbox.run("mcp", "add", "mine", "--", "npx", "-y", "--demo", "pkg")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "npx -y --demo pkg" in sandbox.run("mcp", "list").stdout
+    assert "no option" not in sandbox.run("plugin", "install", "x@y", "--config", "a=b", "--yes").stderr
 
 
 def test_without_a_claude_to_ask_only_what_is_very_near_counts() -> None:
@@ -697,6 +952,18 @@ def test_what_was_reused_follows_from_how_long_the_engine_read(measured: anyclau
     assert all(one["cached_is_estimated"] for one in requests_of(tmp_path))
 
 
+def test_what_ran_beside_another_request_tells_nothing_of_reuse(measured: anyclaude.Meter, tmp_path: Path) -> None:
+    reply = anyclaude.Reply("Tiny", anyclaude.ToolText({}), lambda: "id")
+    with pytest.raises(anyclaude._ClientLeft), measured.measuring(reply, True):
+        answered(measured, prompt_tokens=3000, completion_tokens=9, total_prompt_time_sec=60)
+        raise anyclaude._ClientLeft
+    answered(measured, prompt_tokens=600, completion_tokens=9, total_prompt_time_sec=3)  # warming up
+    answered(measured, prompt_tokens=5000, completion_tokens=9, total_prompt_time_sec=2)
+    answered(measured, prompt_tokens=5500, completion_tokens=9, total_prompt_time_sec=0.2)
+    assert [one["cached_tokens"] for one in requests_of(tmp_path)] == [None, None, 0, 0, 5000]
+    assert [one["outcome"] for one in requests_of(tmp_path)][:2] == ["end_turn", "left"]
+
+
 def test_the_status_line_says_what_happens(measured: anyclaude.Meter, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -704,18 +971,21 @@ def test_the_status_line_says_what_happens(measured: anyclaude.Meter, monkeypatc
     reply = anyclaude.Reply("Tiny", anyclaude.ToolText({}), lambda: "id")
     with measured.measuring(reply, True) as one:
         reply.prompt = 420
+        measured._share = SimpleNamespace(is_started_again=lambda: True)  # type: ignore[assignment]
+        assert measured.words() == "Tiny | mistral.rs is started again"
+        measured._share = None
         now[0] += 7
-        assert measured.words() == "Tiny | reading 420 tokens, 7 s"
+        assert measured.words() == "Tiny | reading 420, 7 s"
         list(one.watching(iter([reply.feed({"choices": [{"delta": {"content": "a"}}]})])))
         now[0] += 2
         usage = {"prompt_tokens": 400, "completion_tokens": 80, "prompt_tokens_details": {"cached_tokens": 390}}
         reply.feed({"choices": [{"delta": {"content": "b"}}], "usage": usage})
-        assert measured.words() == "Tiny | writing, 40.0 tokens/s"
+        assert measured.words() == "Tiny | writing 40.0 tokens/s"
         reply.finish(done=True)
-    said = "Tiny | 40.0 tokens/s | prompt 400 tokens (390 reused) | first token 7.0 s | context 48 %"
+    said = "Tiny | context 48 % | 40.0 tokens/s | first token 7.0 s | prompt 400, 390 reused"
     assert measured.words() == said
     answered(measured, main=False, prompt_tokens=900, completion_tokens=9)
-    assert measured.words().endswith("| context 48 %")  # a subagent's context is another
+    assert measured.words().startswith("Tiny | context 48 % |")  # a subagent's context is another
 
 
 def test_the_log_of_requests_is_rotated_and_written_by_many(
@@ -753,7 +1023,11 @@ def test_stats_shows_the_last_sessions_and_passes_over_what_is_broken(sandbox: S
         }
         row |= {"output_tokens": 10, "cached_tokens": 750, "tokens_per_second": 5.0 * session, "outcome": "end_turn"}
         rows += [row, {**row, "time_to_first_token": 0.25, "prompt_tokens": 3000, "outcome": "error 500"}]
-    path.write_text("\n".join(["{broken", "[]", "{}", '{"time": "x"}', *map(json.dumps, rows)]))
+    odd = [
+        {**rows[0], name: value} for name, value in (("time", 1e300), ("seconds", 1e308), ("cached_tokens", 10**400))
+    ]
+    odd += [{**rows[0], "prompt_tokens": float("nan")}, {**rows[0], "tokens_per_second": float("inf"), "session": "0"}]
+    path.write_text("\n".join(["{broken", "[]", "{}", '{"time": "x"}', *map(json.dumps, odd), *map(json.dumps, rows)]))
     text = sandbox.run("stats").stdout
     lines = [line for line in text.splitlines() if " M " in line]
     assert len(lines) == 10 and "\x1b" not in text and "Traceback" not in text
@@ -778,7 +1052,8 @@ def test_the_status_line_is_for_sessions_on_a_terminal_and_never_over_the_users_
         and '"statusLine": {"type": "command", "command": "cat ' in shown
         and "\r\nanyclaude-demo\r\n" in shown
     )
-    assert "to go on with this conversation: python3" in shown and "anyclaude.py --continue" in shown
+    assert "that was the demo; with a model of yours: python3" in shown
+    assert re.search(r'"command": "cat [^"]+", "refreshInterval": 1, "padding": 0}', shown)
     assert "statusLine" not in sandbox.run("--demo", "-p", "hi").stdout
     assert "statusLine" not in sandbox.on_terminal("--demo", "-p", "hi")[1]
     own = sandbox.home / ".claude" / "settings.json"
@@ -838,12 +1113,12 @@ def test_the_real_claude_shows_the_status_line_on_a_terminal(sandbox: Sandbox, c
         screen("all else is real")
         screen("first token ")
         assert re.search(
-            r"(?m)^ *anyclaude-demo \| [\d.]+ tokens/s \| prompt \d+ tokens \| first token [\d.]+ s \| context \d+ %",
+            r"(?m)^ *anyclaude-demo \| context \d+ % \| [\d.]+ tokens/s \| first token [\d.]+ s \| prompt [\d.]+k",
             screen(),
         )
         type_in("/exit")
         screen("/exit")
         type_in("Enter")
-        screen("to go on with this conversation:")
+        screen("that was the demo")
     finally:
         subprocess.run([*server, "kill-server"], check=False)

@@ -241,7 +241,13 @@ def test_a_signal_leaves_nothing(box: Sandbox, site: str, shell: list[str], numb
     box.env["ANYCLAUDE_URL"] = f"{site}/hang"
     asked.clear()
     process = subprocess.Popen(
-        [*shell, "-s"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=box.env, start_new_session=True
+        [*shell, "-s"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=box.env,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509  nohup ignores HUP
     )
     process.stdin.write(FOR_SMALL)  # type: ignore[union-attr]
     process.stdin.close()  # type: ignore[union-attr]

@@ -70,11 +70,7 @@ def test_a_named_architecture_overrides_all() -> None:
 def test_a_class_that_no_engine_knows_is_named_with_what_is_known() -> None:
     with pytest.raises(AnyclaudeError) as caught:
         inspect_model("/m/x", {"architectures": ["NewForCausalLM"]}, {})
-    assert (
-        "NewForCausalLM" in caught.value.message
-        and "Qwen3MoeForCausalLM" in caught.value.message
-        and "--arch" in caught.value.fix
-    )
+    assert "NewForCausalLM" in caught.value.message and "Qwen3MoeForCausalLM" in caught.value.fix
 
 
 @pytest.mark.parametrize("classes", [None, [], ["A", "B"], "Qwen3ForCausalLM", [3]])
@@ -128,7 +124,7 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_id_needs_the_hub() -> None:
-    with pytest.raises(AnyclaudeError, match="not on this disk, and Hugging Face cannot be asked"):
+    with pytest.raises(AnyclaudeError, match="to be downloaded, and .* cannot be reached"):
         read_model("Qwen/Qwen3-8B")
 
 
@@ -373,7 +369,7 @@ def test_a_model_in_the_cache_that_no_download_mends_is_told(monkeypatch: pytest
 
 def test_a_model_half_in_the_cache_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (hub(monkeypatch, tmp_path) / "model.safetensors").unlink()
-    with pytest.raises(AnyclaudeError, match="cannot be asked"):
+    with pytest.raises(AnyclaudeError, match="cannot be reached"):
         read_model("org/Tiny")
 
 
@@ -451,13 +447,13 @@ def test_a_gguf_in_parts_is_one_model_and_a_missing_part_is_found(tmp_path: Path
         (tmp_path / f"m-0000{part}-of-00003.gguf").write_bytes(gguf_bytes(GGUF))
     model = read_model(str(tmp_path))
     assert model.files == tuple(f"m-0000{part}-of-00003.gguf" for part in (1, 2, 3)) and model.name == "m"
-    assert "1 are missing, m-00003-of-00003.gguf" in model.flaws[0][0]
+    assert "1 of its 3 files are missing, m-00003-of-00003.gguf" in model.flaws[0][0]
 
 
 def test_of_several_gguf_models_one_must_be_named(tmp_path: Path) -> None:
     for name in ("a-Q4.gguf", "b-Q8.gguf", "mmproj-a.gguf"):
         (tmp_path / name).write_bytes(gguf_bytes(GGUF))
-    with pytest.raises(AnyclaudeError, match="holds 2 GGUF models") as caught:
+    with pytest.raises(AnyclaudeError, match="holds 2 models") as caught:
         read_model(str(tmp_path))
     assert f"--model-path {tmp_path}/a-Q4.gguf" in caught.value.fix
 

@@ -209,8 +209,10 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     models.mkdir()
     (models / "Qwen3-Coder-30B-A3B-Instruct").symlink_to(tiny_model)
 
+    ran = set()
+
     def shell(command: str, env: dict[str, str] | None = None) -> str:
-        assert command.split(" -p ")[0] in [line.split(" -p ")[0] for line in commands_of_the_readme()]
+        ran.update(line for line in commands_of_the_readme() if line.split(" -p ")[0] == command.split(" -p ")[0])
         done = run(
             "sh", "-c", command.replace(URL, site), cwd=checkout, env=env or sandbox.env, stdin=subprocess.DEVNULL
         )
@@ -228,18 +230,25 @@ def test_the_readmes_commands_work_in_a_fresh_checkout(
     assert "pyproject.toml" in shell("anyclaude --demo -p 'Which files are here?'")
     model = "~/models/Qwen3-Coder-30B-A3B-Instruct"
     assert "no marker" in shell(f"anyclaude --model-path {model} -p 'Look.'")
-    assert "1      1 MB  window 131072" in shell("anyclaude models")
+    assert re.search("  1 +1 MB +131072 ", shell("anyclaude models"))
     assert "wrote ~/.anyclauderc.json" in shell("anyclaude init")
     assert "wrote ~/.anyclauderc.json" in shell(f"anyclaude init --model-path {model}")
     assert "no marker" in shell('anyclaude -p "Explain this repository"')
-    assert "would run: " in shell("anyclaude doctor")  # `build` is run by tests/test_commands.py
+    assert "would run: " in shell("anyclaude doctor")
     assert anyclaude.READY_LINE.search(shell("anyclaude logs"))
     assert "no engine runs" in shell("anyclaude stop")
     assert re.search(r"anyclaude-demo +2 ", shell("anyclaude stats")) and "Qwen3-Coder" in shell("anyclaude stats")
-    assert sandbox.run("status").returncode == 1  # `--base-url` and `--proxy-only` are tried in all of the tests
     assert "wrote" in shell("anyclaude init --base-url http://localhost:8000/v1")
     assert "no server answers at http://localhost:8000/v1" in sandbox.run("-p", "hi").stderr
     assert "removed" in shell("sh install.sh --uninstall") and not (sandbox.home / ".local/bin/anyclaude").exists()
+    # `build` is run by tests/test_commands.py; `status`, `--base-url` and `--proxy-only` by nearly all tests.
+    elsewhere = {
+        "anyclaude build",
+        "anyclaude status",
+        "anyclaude --base-url http://localhost:8000/v1",
+        "anyclaude --proxy-only",
+    }
+    assert set(commands_of_the_readme()) - ran == elsewhere | {"sh tests/run"}
     # `sh tests/run` is what runs this; that it finds its tools and passes its arguments on is tried with one test.
     line = ("sh", "tests/run", "-n0", "tests/test_model.py", "-k=architecture")
     assert "passed" in run(*line, cwd=checkout, env={**os.environ, "ANYCLAUDE_TEST_CACHE": str(CACHE)}).stdout
