@@ -1047,10 +1047,13 @@ HubFiles = Mapping[str, tuple[int, str]]  # name -> (bytes, SHA-256, "" if the h
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the engine is told of it. `path`: its folder; `arch`: the value of -a, "" where the engine detects it (for
-    GGUF files, which always tell it: general.architecture); `context`: tokens, 0 if unknown; `since`: the first engine that loads it; `files`: the GGUF
-    files in `path`; `hub`, `remote`: the repository and the files that must be downloaded first; `weights`: their bytes; `linear`: (numbers, bytes) of those that can be quantised while loading;
-    `cache`: numbers that a token adds to the KV cache; `stored`: the kind of its numbers, in words; `mlx`: "shadow" (its config.json hides from mistral.rs that it is
+    """A model as the engine is told of it.
+
+    `path`: its folder; `arch`: the value of -a, "" where the engine detects it (for GGUF files, which always tell it:
+    general.architecture); `context`: tokens, 0 if unknown; `since`: the first engine that loads it; `files`: the GGUF
+    files in `path`; `hub`, `remote`: the repository and the files that must be downloaded first; `weights`: their bytes;
+    `linear`: (numbers, bytes) of those that can be quantised while loading; `cache`: numbers that a token adds to the KV
+    cache; `stored`: the kind of its numbers, in words; `mlx`: "shadow" (its config.json hides from mistral.rs that it is
     quantised) or "experts"; `flaws`: (what is wrong, what to do), found before anything is loaded."""
 
     path: str
@@ -5908,43 +5911,45 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[t
             yield remote_target(target, settings, url, settings.model, window), share
     else:
         settings, engine = set_up(settings, environ)
-        model = look_at_model(settings)
-        plan = make_plan(settings, model, engine)
-        if model.hub:
-            size = gigabytes(sum(size for size, _ in model.remote.values()))
-            question = f"This project's {SETTINGS_FILE} wants {model.hub} from Hugging Face ({size}). Download it?"
-            if settings.project_model and not agrees(question, settings.yes):
-                raise AnyclaudeError(
-                    f"{model.hub}, which this project's file names, is not on this disk.",
-                    "The same command with --yes downloads it.",
-                )
-            fetch_model(model)
-            model = look_at_model(settings)
-            plan = make_plan(settings, model, engine)
+        plan = make_plan(settings, look_at_model(settings), engine)
+        if plan.model.hub:
+            fetch_for(settings, plan.model)
+            plan = make_plan(settings, look_at_model(settings), engine)
         with contextlib.closing(start_engine(plan, settings)) as share:
-            version, window = plan.engine.version, plan.fit.window
-            if share.joined:  # one that another session started, as that session wanted it
-                told = [one for one in share.state.get("version", []) if type(one) is int]
-                version = (told[0], told[1], told[2]) if len(told) == 3 else version
-                window = settings.context_window or share.state.get("window") or window
-            can = {name: version >= since for name, since in SINCE.items()}
-            # the parser of gpt-oss is part of how it is decoded
-            family = "engine" if model.dialect.calls == "harmony" else "text"
-            yield (
-                dataclasses.replace(
-                    target,
-                    url=f"http://{LOOPBACK}:{share.port}/v1",
-                    name=client_name(model.name),
-                    window=window,
-                    own_tools=(settings.tool_calls or family) == "text",
-                    forces_calls=can["forced calls"],
-                    counts=can["counts tokens"],
-                    sees=settings.vision or (model.sees and can["images"]),
-                    sampling={**model.sampling, **settings.sampling},
-                    dialect=dialect_on(model.dialect, version),
-                ),
-                share,
-            )
+            yield engine_target(target, settings, plan, share), share
+
+
+def fetch_for(settings: Settings, model: Model) -> None:
+    """Download a model that the user chose; one that a project's file chose only if the user agrees."""
+    size = gigabytes(sum(size for size, _ in model.remote.values()))
+    question = f"This project's {SETTINGS_FILE} wants {model.hub} from Hugging Face ({size}). Download it?"
+    if settings.project_model and not agrees(question, settings.yes):
+        message = f"{model.hub}, which this project's file names, is not on this disk."
+        raise AnyclaudeError(message, "The same command with --yes downloads it.")
+    fetch_model(model)
+
+
+def engine_target(target: Target, settings: Settings, plan: Plan, share: EngineShare) -> Target:
+    """A mistral.rs of ours, which serves."""
+    model, version, window = plan.model, plan.engine.version, plan.fit.window
+    if share.joined:  # one that another session started, as that session wanted it
+        told = [one for one in share.state.get("version", []) if type(one) is int]
+        version = (told[0], told[1], told[2]) if len(told) == 3 else version
+        window = settings.context_window or share.state.get("window") or window
+    can = {name: version >= since for name, since in SINCE.items()}
+    family = "engine" if model.dialect.calls == "harmony" else "text"  # gpt-oss' parser is part of how it is decoded
+    return dataclasses.replace(
+        target,
+        url=f"http://{LOOPBACK}:{share.port}/v1",
+        name=client_name(model.name),
+        window=window,
+        own_tools=(settings.tool_calls or family) == "text",
+        forces_calls=can["forced calls"],
+        counts=can["counts tokens"],
+        sees=settings.vision or (model.sees and can["images"]),
+        sampling={**model.sampling, **settings.sampling},
+        dialect=dialect_on(model.dialect, version),
+    )
 
 
 def remote_target(target: Target, settings: Settings, url: str, model: str, window: int) -> Target:
@@ -6073,13 +6078,7 @@ def start_share(share: EngineShare, settings: Settings, model: Model, details: s
 
 def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) -> int:
     """The session: engine, proxy, Claude Code -> the exit status."""
-    try:
-        claude = None if settings.proxy_only else set_up_claude(settings, environ)  # before a model is loaded in vain
-    except AnyclaudeError as error:
-        if settings.yes or can_ask() or settings.claude_binary:
-            raise
-        starts = settings.kind == "mistralrs" and not settings.demo and not settings.server_script
-        raise all_missing([error, *(what_is_missing(settings, environ)[1] if starts else [])]) from None
+    claude = None if settings.proxy_only else claude_for(settings, environ)  # before a model is loaded in vain
     if settings.proxy_port and not port_is_free(settings.proxy_port):
         raise port_taken("the proxy's ", settings.proxy_port, "--proxy-port")
     commands = {"-v", "--version", "-h", "--help"} | (claude_commands(claude_help(claude)) if claude else set())
@@ -6088,40 +6087,18 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
     memory = state_path("cache", "tokens.json")
     named, others = claude_settings(arguments, environ, Path.cwd(), Path.home())
     talks = claude is not None and can_ask() and sys.stdout.isatty() and not {"-p", "--print"} & {*arguments}
-    line = (
-        state_path("run", f"claude-{os.getpid()}.txt")
-        if talks and not any("statusLine" in one for one in (named, *others))
-        else None
-    )
+    has_line = any("statusLine" in one for one in (named, *others))
+    line = state_path("run", f"claude-{os.getpid()}.txt") if talks and not has_line else None
     with (
         serving_target(settings, environ) as (target, share),
         Proxy(settings.proxy_port, target, settings.debug, memory, share, line) as proxy,
     ):
         say(f"Proxy URL: http://localhost:{proxy.server_address[1]}")
-        if not target.window:
-            say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
-        window = target.window or DEFAULT_WINDOW
-        prompt = settings.prompt or ("lean" if window < LEAN_WINDOW else "full")
-        if window < SMALL_WINDOW:
-            full = "about 25,000" if prompt == "full" else "about 8,000"
-            more = " Try --prompt lean" if prompt == "full" else " Give it more, if you can: --context-window 32768"
-            say(f"the window of {window} tokens is small: Claude Code's own prompt takes {full} of them.{more}")
-        elif not settings.prompt and prompt == "lean":
-            say(f"window of {window} tokens: fewer tools, a shorter prompt (--prompt full: all of them)")
+        window, prompt = window_and_prompt(settings, target)
         session = Session(proxy.url, proxy.token, target.name, window, max(256, min(settings.max_tokens, window // 4)))
         environment = claude_environment(environ, session)
         if claude is None:
-            by_hand = {name: environment[name] for name in ("ANTHROPIC_MODEL", *DEFAULT_VARIABLES)}
-            exports = shlex.join(f"{name}={text}" for name, text in by_hand.items())
-            say(f"for Claude Code by hand, also: export {exports}")
-            if share:
-                threading.Thread(target=share.tell_of_crashes, daemon=True).start()
-            with contextlib.suppress(KeyboardInterrupt, SystemExit), next_signal() as wait:  # a good end, here
-                say("Ctrl-C ends it")
-                print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
-                while True:
-                    wait()
-            return 0
+            return serve_until_stopped(proxy, environment)
         mode = chosen_mode(arguments, [named, *others])
         explain_mode(mode)
         with session_settings(named, environment, line) as path:
@@ -6135,6 +6112,47 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             say(as_called("to go on with this conversation: anyclaude --continue"))
             say("(claude by itself would talk to Anthropic's servers)")
         return ended
+
+
+def claude_for(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Claude Code, set up if need be. Raises AnyclaudeError, where nobody can be asked with all else that is missing."""
+    try:
+        return set_up_claude(settings, environ)
+    except AnyclaudeError as error:
+        if settings.yes or can_ask() or settings.claude_binary:
+            raise
+        starts = settings.kind == "mistralrs" and not settings.demo and not settings.server_script
+        raise all_missing([error, *(what_is_missing(settings, environ)[1] if starts else [])]) from None
+
+
+def window_and_prompt(settings: Settings, target: Target) -> tuple[int, str]:
+    """-> (tokens of the window, which prompt of Claude Code's suits it); says what a person should know of them."""
+    if not target.window:
+        say(f"context window unknown, taken for {DEFAULT_WINDOW} tokens. If it has more: --context-window TOKENS")
+    window = target.window or DEFAULT_WINDOW
+    prompt = settings.prompt or ("lean" if window < LEAN_WINDOW else "full")
+    if window < SMALL_WINDOW:
+        full = "about 25,000" if prompt == "full" else "about 8,000"
+        more = " Try --prompt lean" if prompt == "full" else " Give it more, if you can: --context-window 32768"
+        say(f"the window of {window} tokens is small: Claude Code's own prompt takes {full} of them.{more}")
+    elif not settings.prompt and prompt == "lean":
+        say(f"window of {window} tokens: fewer tools, a shorter prompt (--prompt full: all of them)")
+    return window, prompt
+
+
+def serve_until_stopped(proxy: Proxy, environment: Mapping[str, str]) -> int:
+    """--proxy-only: say how to reach the proxy, and wait for a signal, which is a good end."""
+    by_hand = {name: environment[name] for name in ("ANTHROPIC_MODEL", *DEFAULT_VARIABLES)}
+    exports = shlex.join(f"{name}={text}" for name, text in by_hand.items())
+    say(f"for Claude Code by hand, also: export {exports}")
+    if proxy.share:
+        threading.Thread(target=proxy.share.tell_of_crashes, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt, SystemExit), next_signal() as wait:
+        say("Ctrl-C ends it")
+        print(f"export ANTHROPIC_BASE_URL={proxy.url}\nexport ANTHROPIC_AUTH_TOKEN={proxy.token}", flush=True)
+        while True:
+            wait()
+    return 0
 
 
 def engines() -> list[_Files]:

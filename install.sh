@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=d7e3ad21891fd22cf39f8f589c2bca0cb46e21a61f81ee418a96325926efd2f5
+sha256=1f72f4c1ecff1aeeabfaeb031393c7d1e0d0c5e98b2b315c94587f15c069e46d
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
