@@ -389,7 +389,8 @@ SETTINGS_FILE = ".anyclauderc.json"
 @dataclass(frozen=True)
 class Settings:
     """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to;
-    `file`, `home_backend`: where a choice made on the terminal is kept; `given`: the fields that the command line set;
+    `file`, `home_backend`: where `init` writes to, and `model_backend`: where a model is kept; `given`: the fields that the
+    command line set;
     `project_model`: the model was chosen by a project's file."""
 
     backend: str = "mlx"
@@ -423,6 +424,7 @@ class Settings:
     file: str = field(default="", compare=False)
     given: Sequence[str] = field(default=(), compare=False)
     home_backend: str = field(default="mlx", compare=False)
+    model_backend: str = field(default="mlx", compare=False)
     project_model: bool = field(default=False, compare=False)
     proxy_only: bool = False
     proxy_port: int = 0
@@ -698,9 +700,9 @@ def load_settings(
     there = [pair for pair in settings_files(cwd, home, named) if pair[0].exists() or not begins]
     files = [sources.file(path, trusted) for path, trusted in there]
     backend = sources.backend_of(files, environ.get("ANYCLAUDE_BACKEND", ""))
+    kinds = {name: layers[name].get("kind") or name for _, layers in reversed(files) for name in layers}
+    ours = [name for name, kind in kinds.items() if kind != "remote"]
     if "model_path" in flags and "base_url" not in flags:  # that is for mistral.rs
-        kinds = {name: layers[name].get("kind") or name for _, layers in reversed(files) for name in layers}
-        ours = [name for name, kind in kinds.items() if kind != "remote"]
         backend = backend if backend in ours else next(iter(ours), "mlx")
     merged: Json = {"kind": "remote" if backend == "remote" else "mistralrs"}
     layers = [flags, variables, *(backends.get(backend, {}) for _, backends in files)]
@@ -709,7 +711,9 @@ def load_settings(
     trusts = [True, True, *(trusted for _, trusted in there)]
     merged["project_model"] = not next((trust for layer, trust in zip(layers, trusts) if "model_path" in layer), True)
     choice, own_backends = next((file for file, (_, trusted) in zip(files, there) if trusted), ("", {}))
-    merged["home_backend"] = backend if backend in own_backends else choice or next(iter(own_backends), "mlx")
+    theirs = backend if backend in own_backends else choice or next(iter(own_backends), "mlx")
+    merged["home_backend"] = theirs
+    merged["model_backend"] = next((name for name in (theirs, *own_backends) if name in ours), "mlx")
     kept = cwd / os.path.expanduser(named) if named else home / SETTINGS_FILE
     settings = Settings(backend=backend, file=str(kept), given=tuple(flags), **merged)
     name = f'backend "{backend}"'
@@ -5802,7 +5806,7 @@ def choose_model(settings: Settings, environ: Mapping[str, str]) -> Settings:
         except (OSError, ValueError) as error:
             say(f"that cannot be a model: {error}")
     say(f"model: {short_path(path)}")
-    backend = settings.home_backend if settings.kind == "mistralrs" else "mlx"
+    backend = settings.model_backend
     keep_settings(settings, [(("backend",), backend), (("backends", backend, "modelPath"), short_path(path))])
     say(as_called("to choose another: anyclaude init"))
     return dataclasses.replace(settings, model_path=path)
@@ -6460,7 +6464,7 @@ def init(settings: Settings, options: Sequence[str]) -> int:
     """`anyclaude init [own options]`: write the settings file, or change in it what the options say; on a terminal, and if they
     say nothing of the model, ask for it."""
     remote, chosen = "base_url" in settings.given, "model_path" in settings.given
-    backend = "remote" if remote else settings.backend if chosen else settings.home_backend
+    backend = "remote" if remote else settings.model_backend if chosen else settings.home_backend
     values = [
         (("backends", backend, key.json), short_path(value) if isinstance(value, str) else value)
         for key in KEYS

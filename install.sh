@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=1f72f4c1ecff1aeeabfaeb031393c7d1e0d0c5e98b2b315c94587f15c069e46d
+sha256=f975f92a429a057ef20aa6ce7e7dfcc904fd21b6547aa5e91c70b369d6f670db
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -141,7 +141,9 @@ def test_a_project_decides_neither_where_a_choice_is_kept_nor_what_is_downloaded
         done = sandbox.run(command)
         assert "\x1b" not in done.stdout + done.stderr
     sandbox.run("init", "--context-window", "4096")
-    assert load_settings({}, {}, sandbox.home, sandbox.home)[0].context_window == 4096
+    sandbox.run("init", "--model-path", str(tiny_model))
+    settings = load_settings({}, {}, sandbox.home, sandbox.home)[0]
+    assert (settings.backend, settings.context_window, settings.model_path) == ("mlx", 4096, str(tiny_model))
     sandbox.settings({"backends": {"mlx": {"modelPath": "org/Big"}}}, sandbox.work)
     content = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.is_file()}
     Hub.content, Hub.plan, Hub.seen = content, [], []
