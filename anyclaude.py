@@ -209,10 +209,10 @@ def without_comments(text: str) -> str:
     so that every other character stays where it is."""
 
     def blanked(pattern: str, text: str) -> str:
-        inside = r'("(?:\\.|[^"\\\n])*"?)|'  # a text that is not closed ends with its line
-        return re.sub(inside + pattern, lambda found: found[1] or re.sub(r"[^\n]", " ", found[0]), text)
+        inside = r'("(?:\\.|[^"\\\r\n])*"?)|'  # a text that is not closed ends with its line
+        return re.sub(inside + pattern, lambda found: found[1] or re.sub(r"[^\r\n]", " ", found[0]), text)
 
-    return blanked(r",(?=\s*[}\]])", blanked(r"//[^\n]*|/\*[\s\S]*?\*/", text))
+    return blanked(r",(?=\s*[}\]])", blanked(r"//[^\r\n]*|/\*[\s\S]*?\*/", text))
 
 
 def read_json(path: Path, comments: bool = False) -> Json:
@@ -389,7 +389,7 @@ SETTINGS_FILE = ".anyclauderc.json"
 @dataclass(frozen=True)
 class Settings:
     """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to;
-    `file`, `home_backend`: where `init` writes to, and `model_backend`: where a model is kept; `given`: the fields that the
+    `file`, `home_backend`: where `init` writes to, and `model_backends`: where a model is kept, home's own first; `given`: the fields that the
     command line set;
     `project_model`: the model was chosen by a project's file."""
 
@@ -424,7 +424,7 @@ class Settings:
     file: str = field(default="", compare=False)
     given: Sequence[str] = field(default=(), compare=False)
     home_backend: str = field(default="mlx", compare=False)
-    model_backend: str = field(default="mlx", compare=False)
+    model_backends: Sequence[str] = field(default=("mlx",), compare=False)
     project_model: bool = field(default=False, compare=False)
     proxy_only: bool = False
     proxy_port: int = 0
@@ -679,6 +679,19 @@ class _Sources:
         return layer
 
 
+def known_backends(files: Sequence[tuple[str, dict[str, Json]]]) -> list[str]:
+    """The backends of the files, strongest first, and the one that is there without any."""
+    return list(dict.fromkeys([*(name for _, backends in files for name in backends), "mlx"]))
+
+
+def starts_engine(name: str, files: Sequence[tuple[str, dict[str, Json]]]) -> bool:
+    """Whether a backend is one that starts mistral.rs, and may be used."""
+    merged: Json = {"kind": "remote" if name == "remote" else "mistralrs", "enabled": True}
+    for _, backends in reversed(files):
+        merged.update(backends.get(name, {}))
+    return bool(merged["kind"] == "mistralrs" and merged["enabled"])
+
+
 def load_settings(
     own: Mapping[str, str], environ: Mapping[str, str], cwd: Path, home: Path, begins: bool = False
 ) -> tuple[Settings, list[str]]:
@@ -700,10 +713,11 @@ def load_settings(
     there = [pair for pair in settings_files(cwd, home, named) if pair[0].exists() or not begins]
     files = [sources.file(path, trusted) for path, trusted in there]
     backend = sources.backend_of(files, environ.get("ANYCLAUDE_BACKEND", ""))
-    kinds = {name: layers[name].get("kind") or name for _, layers in reversed(files) for name in layers}
-    ours = [name for name, kind in kinds.items() if kind != "remote"]
+    ours = [name for name in known_backends(files) if starts_engine(name, files)]
     if "model_path" in flags and "base_url" not in flags:  # that is for mistral.rs
-        backend = backend if backend in ours else next(iter(ours), "mlx")
+        backend = backend if backend in ours else "mlx" if "mlx" in ours else next(iter(ours), "mistralrs")
+        for name in ("base_url", "kind"):
+            variables.pop(name, None)
     merged: Json = {"kind": "remote" if backend == "remote" else "mistralrs"}
     layers = [flags, variables, *(backends.get(backend, {}) for _, backends in files)]
     for layer in reversed(layers):
@@ -713,7 +727,8 @@ def load_settings(
     choice, own_backends = next((file for file, (_, trusted) in zip(files, there) if trusted), ("", {}))
     theirs = backend if backend in own_backends else choice or next(iter(own_backends), "mlx")
     merged["home_backend"] = theirs
-    merged["model_backend"] = next((name for name in (theirs, *own_backends) if name in ours), "mlx")
+    first = next((name for name in (theirs, "mlx", *own_backends) if name in ours), "mistralrs")
+    merged["model_backends"] = tuple(dict.fromkeys((first, backend if backend in ours else first)))
     kept = cwd / os.path.expanduser(named) if named else home / SETTINGS_FILE
     settings = Settings(backend=backend, file=str(kept), given=tuple(flags), **merged)
     name = f'backend "{backend}"'
@@ -1231,8 +1246,8 @@ def _architecture(path: str, classes: Any) -> tuple[str, Version]:
         message = f'{path}/config.json must name one class in "architectures", and has {json.dumps(classes)}.'
         raise AnyclaudeError(message, "Name the architecture yourself: --arch qwen3")
     if classes[0] not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        fix = f"Choose another model, or, if you know better, name its loader: --arch qwen3\nIt loads: {known}."
+        loaders = " ".join(sorted({loader for loader, _ in ARCHITECTURES.values() if loader}))
+        fix = f"Choose another model: anyclaude models\nor, if you know better, name its loader, as --arch qwen3. There are:\n{loaders}"
         raise AnyclaudeError(f"{path} is a {classes[0]}, which mistral.rs does not load.", fix)
     return ARCHITECTURES[classes[0]]
 
@@ -1549,15 +1564,14 @@ def open_hub(path: str, begin: int = 0) -> Any:
 
 def ask_hub(path: str) -> str:
     """A small file of the hub. Raises AnyclaudeError."""
+    name = "/".join(path.partition("?")[0].replace("api/models/", "").split("/")[:2])
     host = os.environ.get("HF_ENDPOINT") or HUB
     try:
         with open_hub(path) as reply:
             return str(reply.read(16 << 20).decode("utf-8", "replace"))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        message = f"this model is to be downloaded, and {host} cannot be reached: {getattr(error, 'reason', error)}."
-        raise AnyclaudeError(
-            message, "Check the connection, or name a folder that is here: --model-path /path/to/it"
-        ) from None
+        message = f"{name} is to be downloaded, and {host} cannot be reached: {getattr(error, 'reason', error)}."
+        raise AnyclaudeError(message, "Check the connection, or choose one that is here: anyclaude init") from None
 
 
 def _object_of_hub(path: str) -> Json:
@@ -1702,6 +1716,16 @@ class _BrokeOff(Exception):
     """The network ended a download, and not the disk."""
 
 
+def _opened(path: str, begin: int) -> Any:
+    """A response of the hub. Raises _BrokeOff for what the network does, and HTTPError."""
+    try:
+        return open_hub(path, begin)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _BrokeOff(getattr(error, "reason", error)) from None
+
+
 def _read_some(reply: Any, most: int) -> bytes:
     """The next bytes, at most so many; none at the end. Raises _BrokeOff."""
     try:
@@ -1717,7 +1741,7 @@ def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progre
         while (have := file.seek(0, os.SEEK_END)) < size:
             pause, trouble = 0.5 * 2**failed if failed else 0.0, "it ended too soon"
             try:
-                with open_hub(path, have) as reply:
+                with _opened(path, have) as reply:
                     if have and reply.status != 206:  # it begins anew
                         progress.done -= have
                         file.truncate(0)
@@ -1727,11 +1751,11 @@ def _fetch_file(path: str, part: Path, size: int, digest: str, progress: _Progre
             except _BrokeOff as error:
                 trouble = str(error)
             except urllib.error.HTTPError as error:
-                file.truncate(0 if error.code == 416 else have)  # what is here is no beginning of it
+                if error.code == 416:  # what is here is no beginning of it
+                    progress.done -= have
+                    file.truncate(0)
                 trouble, told = str(error), str(error.headers.get("Retry-After"))
                 pause = min(300.0, float(told)) if told.isdecimal() else pause
-            except (urllib.error.URLError, http.client.HTTPException) as error:
-                trouble = str(getattr(error, "reason", error))
             failed = 0 if file.seek(0, os.SEEK_END) > have else failed + 1
             if failed >= HUB_TRIES:
                 message = f"the download broke off {HUB_TRIES} times: {trouble}."
@@ -1762,7 +1786,7 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
     if not folder.is_absolute():  # a Hugging Face id
         name, file = "/".join(folder.parts[:2]), "/".join(folder.parts[2:])
         for place in filter(None, (hub_place(name), _hub_snapshot(name))):
-            if not (place / (file or "config.json")).exists() and (file or not gguf_models(place)):
+            if not (place / (file or "config.json")).exists() and (file or not any(_models_below(place, 1))):
                 continue
             if (place / f"{file}.part").exists() if file else any(place.glob("*.part")):
                 continue  # its download goes on
@@ -1778,7 +1802,9 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
     if folder.is_file():
         return _read_gguf(folder, template)
     whole = (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
-    found = [] if whole and any(folder.glob("*.safetensors")) else [*_models_below(folder, 0 if whole else 2)]
+    has_weights = whole and any(folder.glob("*.safetensors"))
+    found = [] if has_weights else gguf_models(folder) or ([] if whole else [*_models_below(folder, 2)])
+    found = [*{os.path.realpath(one): one for one in found}.values()]
     if len(found) > 1:
         listed = "".join(f"\n  --model-path {shlex.quote(str(one))}" for one in found[:20])
         raise AnyclaudeError(f"{path} holds {len(found)} models.", f"Name one of them:{listed}")
@@ -1825,7 +1851,7 @@ LM_STUDIO_SETTINGS = ("~/.lmstudio/settings.json", "~/.cache/lm-studio/settings.
 def _models_below(folder: Path, depth: int) -> Iterator[Path]:
     """The folders and the GGUF files that could be models."""
     with contextlib.suppress(OSError):
-        yield from gguf_models(folder)
+        yield from (one for one in gguf_models(folder) if is_gguf_model(one.name))
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             yield folder
         elif depth >= 0:
@@ -4935,7 +4961,8 @@ class Meter:
         with contextlib.suppress(OSError, AnyclaudeError):  # a full disk ends no session
             path, line = state_path(*REQUESTS_LOG), f"{to_json(self._last)}\n".encode("utf-8", "replace")
             if path.exists() and path.stat().st_size > REQUESTS_LOG_LIMIT:
-                with os.fdopen(lock(path.with_suffix(".lock"), fcntl.LOCK_EX)):  # held for no longer than this
+                alone = fcntl.LOCK_EX | fcntl.LOCK_NB  # else another session is at it
+                with contextlib.suppress(BlockingIOError), os.fdopen(lock(path.with_suffix(".lock"), alone)):
                     if path.stat().st_size > REQUESTS_LOG_LIMIT:
                         os.close(rotated_log(path))
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -4954,11 +4981,11 @@ class Meter:
             waited = time.monotonic() - running[0].began
             parts.append(f"reading {in_thousands(running[0].reply.prompt)}, {waited:.0f} s")
         elif running:
-            parts.append(f"writing {running[0].tokens_a_second:.1f} tokens/s")
+            parts.append(f"writing {running[0].tokens_a_second:.3g} tokens/s")
         elif last.get("tokens_per_second"):
-            parts.append(f"{last['tokens_per_second']:.1f} tokens/s")
-        if last.get("time_to_first_token") is not None:
-            parts.append(f"first token {last['time_to_first_token']:.1f} s")
+            parts.append(f"{last['tokens_per_second']:.3g} tokens/s")
+        if (first := last.get("time_to_first_token")) is not None:
+            parts.append(f"first {first:.1f} s" if first >= 1 else f"first {first * 1000:.0f} ms")
             about = "about " * last["cached_is_estimated"]
             reused = (
                 f", {about}{in_thousands(last['cached_tokens'])} reused" if last["cached_tokens"] is not None else ""
@@ -5394,6 +5421,13 @@ def claude_environment(environ: Mapping[str, str], session: Session) -> dict[str
     return {**defaults, **environ, **ours, **direct}
 
 
+@functools.lru_cache(1)
+def npm_prefix(npm: Path) -> Path:
+    """Where npm installs programs for all; it may say more than that."""
+    lines = re.findall(r"(?m)^/.*$", output_of(str(npm), "prefix", "-g"))
+    return Path(lines[-1].strip()) if lines else Path("/")
+
+
 def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
     """Claude Code: the setting, PATH, ~/.local/bin, ~/.claude/local."""
     if settings.claude_binary:
@@ -5404,7 +5438,7 @@ def find_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
     folders = [*search_path(environ), Path.home() / ".local/bin", Path.home() / ".claude/local"]
     found, npm = which("claude", folders), which("npm", search_path(environ))
     if not found and npm:  # npm's own folder need not be on the PATH
-        found = which("claude", [Path(output_of(str(npm), "prefix", "-g").strip()) / "bin"])
+        found = which("claude", [npm_prefix(npm) / "bin"])
     if not found:
         message = "Claude Code (claude) was not found on PATH, in ~/.local/bin or in ~/.claude/local."
         raise AnyclaudeError(message, CLAUDE_BY_HAND)
@@ -5425,7 +5459,7 @@ def set_up_claude(settings: Settings, environ: Mapping[str, str]) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         command = [str(npm), *INSTALL_CLAUDE[1:]]
         if npm:
-            shared = Path(output_of(str(npm), "prefix", "-g").strip() or "/") / "lib"
+            shared = npm_prefix(npm) / "lib"
             if not os.access(shared if shared.exists() else shared.parent, os.W_OK):  # the system's own Node.js
                 command[3:3] = ["--prefix", str(Path.home() / ".local")]
         else:
@@ -5758,23 +5792,26 @@ def choices(settings: Settings, environ: Mapping[str, str], engine: Engine) -> t
     return here, known
 
 
-def show_choices(here: Sequence[Choice], known: Sequence[Choice], current: str) -> list[str]:
-    """The list of `anyclaude models`: what can be used is numbered; `current`: the model that is set."""
-    lines, number = [f"{'size':>12}  {'window':>8}  {'kind':22}  model"], 0
+def show_choices(here: Sequence[Choice], known: Sequence[Choice], current: str, all_of_them: bool = True) -> list[str]:
+    """The list of `anyclaude models`, for 80 columns: what can be used is numbered. `current`: the model that is set;
+    `all_of_them`: what cannot be used is not only counted."""
+    lines, number, left_out = [f"{'size':>12}  {'window':>7}  {'kind':15}  model"], 0, 0
     for title, rows in (("On this disk:", here), ("To download, made for tool calls:", known)):
-        lines += [title] if rows else []
+        lines += [title] if rows else ["On this disk: none"] * (rows is here)
         for row in rows:
             number += not row.problem
+            left_out += bool(row.problem) and not all_of_them
+            if row.problem and not all_of_them:
+                continue
             size, window = gigabytes(row.size) if row.size else "", str(row.window or "?" * (not row.problem))
             org, _, name = row.path.partition("/")
-            where = short_path(row.path) if rows is here else f"{Path(name).stem} ({org})"
-            star = " *" * (row.path == current)
-            lines.append(f"{'-' if row.problem else number:>3} {size:>8}  {window:>8}  {row.kind:22}  {where}{star}")
+            where = short_path(row.path) if rows is here else f"{_GGUF_KIND.sub('', Path(name).name)[:-5]} ({org})"
+            facts = f"{size:>8}  {window:>7}  {row.kind.replace('GGUF ', ''):15}  {where}"
+            lines.append(f"{'-' if row.problem else number:>3} {facts}" + " *" * (row.path == current))
             told = (row.problem.replace(row.path, "", 1).strip(), row.note)
-            lines += [f"{'':15}{text}" for text in told if text]
-    if not here:
-        lines.insert(1, "On this disk: none")
-    lines.append("window: the tokens that fit beside the model; with 65536 or more Claude Code has all its tools")
+            lines += [f"{'':14}{text}" for text in told if text]
+    lines += [f"{left_out} more cannot be used here, and why: anyclaude models"] if left_out else []
+    lines.append("window: the tokens that fit; from 65536 on Claude Code has all its tools")
     return [*lines, *(["*: the one that is set"] if any(line.endswith(" *") for line in lines) else [])]
 
 
@@ -5795,19 +5832,22 @@ def choose_model(settings: Settings, environ: Mapping[str, str]) -> Settings:
     default = 1 + (usable.index(settings.model_path) if settings.model_path in usable else 0)
     path = usable[0] if settings.yes else ""
     if not path:
-        TERMINAL.show(["", "Which model?", *show_choices(here, known, settings.model_path)])
+        TERMINAL.show(["", "Which model?", *map(as_called, show_choices(here, known, settings.model_path, False))])
     while not path:
         first = f" [{default}]" if usable else ""
-        answer = ask(f"A number from the list, a folder, a .gguf file, or a name on Hugging Face{first}:")
+        answer = ask(f"A number, a folder, a .gguf file, or a Hugging Face name{first}:")
         try:
             path = picked(settings, answer or str(default), usable, engine)
         except AnyclaudeError as error:
-            say(f"{error.message}\n{error.fix}".rstrip())
+            listed = re.findall(r"(?m)^  --model-path (.*)", error.fix)
+            say("\n  ".join([error.message, *listed]))
         except (OSError, ValueError) as error:
             say(f"that cannot be a model: {error}")
     say(f"model: {short_path(path)}")
-    backend = settings.model_backend
-    keep_settings(settings, [(("backend",), backend), (("backends", backend, "modelPath"), short_path(path))])
+    if settings.yes and (model := look_at_model(dataclasses.replace(settings, model_path=path))).hub:
+        fetch_model(model)  # what nobody chose is kept only when it is there
+    values = [(("backends", backend, "modelPath"), short_path(path)) for backend in settings.model_backends]
+    keep_settings(settings, [(("backend",), settings.model_backends[0]), *values])
     say(as_called("to choose another: anyclaude init"))
     return dataclasses.replace(settings, model_path=path)
 
@@ -5835,9 +5875,11 @@ def _keep_settings(path: Path, values: Sequence[tuple[Sequence[str], Any]]) -> N
     if path.exists():
         read_json(path, comments=True)
         text, mode = path.read_bytes().decode(), path.stat().st_mode & 0o777
-    wanted = "{}"
+    wanted, end = "{}", "\r\n" if "\r\n" in text else "\n"
+    text = text.replace("\r\n", "\n")
     for keys, value in values:
         text, wanted = (with_setting(one, keys, value) for one in (text, wanted))
+    text = text.replace("\n", end)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text, mode)
@@ -5856,6 +5898,10 @@ def what_is_missing(settings: Settings, environ: Mapping[str, str]) -> tuple[Eng
         if settings.binary:
             raise
         missing.append(error)
+        try:
+            _tell_what_is_missing(check_build(plan_build(settings, environ), environ), "mistral.rs was not found, and ")
+        except AnyclaudeError as why:
+            missing = [why]
     if not settings.model_path:
         missing.append(AnyclaudeError("no model is configured.", NO_MODEL))
     return engine, missing
@@ -5863,7 +5909,7 @@ def what_is_missing(settings: Settings, environ: Mapping[str, str]) -> tuple[Eng
 
 def all_missing(errors: Sequence[AnyclaudeError]) -> AnyclaudeError:
     """One error for several, where nobody can be asked."""
-    fixes = ["The same command with --yes sets it up. Or by hand:", *(one.fix for one in errors)]
+    fixes = ["The same command with --yes sets up what it can. By hand:", *(one.fix for one in errors)]
     return AnyclaudeError("\n".join(one.message for one in errors), "\n".join(fixes))
 
 
@@ -5874,8 +5920,8 @@ def set_up(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, En
     if missing and not (settings.yes or can_ask()):
         raise all_missing(missing)
     if not engine:
-        _tell_what_is_missing(check_build(plan_build(settings, environ), environ), "mistral.rs was not found, and ")
-        if not agrees("mistral.rs was not found. Build it now? 10 to 40 minutes, once.", settings.yes):
+        can_build = "cannot be built" not in missing[0].message
+        if not can_build or not agrees("mistral.rs was not found. Build it now? 10 to 40 minutes, once.", settings.yes):
             raise missing[0]
     if not settings.model_path:
         settings = choose_model(settings, environ)
@@ -6110,10 +6156,9 @@ def run(settings: Settings, arguments: list[str], environ: Mapping[str, str]) ->
             ended = run_claude(claude, arguments, environment)
         if share and (told := share.trouble() or share.history()):
             say(told)
-        elif talks and settings.demo:
-            say(as_called("that was the demo; with a model of yours: anyclaude"))
         elif talks:
-            say(as_called("to go on with this conversation: anyclaude --continue"))
+            again = "that was the demo; with a model of yours: anyclaude" * settings.demo
+            say(as_called(again or "to go on with this conversation: anyclaude --continue"))
             say("(claude by itself would talk to Anthropic's servers)")
         return ended
 
@@ -6464,9 +6509,10 @@ def init(settings: Settings, options: Sequence[str]) -> int:
     """`anyclaude init [own options]`: write the settings file, or change in it what the options say; on a terminal, and if they
     say nothing of the model, ask for it."""
     remote, chosen = "base_url" in settings.given, "model_path" in settings.given
-    backend = "remote" if remote else settings.model_backend if chosen else settings.home_backend
+    backends = ["remote"] if remote else settings.model_backends if chosen else [settings.home_backend]
     values = [
         (("backends", backend, key.json), short_path(value) if isinstance(value, str) else value)
+        for backend in backends
         for key in KEYS
         if key.field in settings.given and key.json and (value := getattr(settings, key.field)) is not None
     ]
@@ -6477,9 +6523,11 @@ def init(settings: Settings, options: Sequence[str]) -> int:
     if chosen:
         look_at_model(settings)  # a wrong one is not kept
     if values or not asks:
-        keep_settings(settings, [*([(("backend",), backend)] if remote or chosen else []), *values])
+        keep_settings(settings, [*([(("backend",), backends[0])] if remote or chosen else []), *values])
     if asks:
         choose_model(settings, os.environ)
+    elif not settings.model_path and not remote:
+        say(as_called("no model is set yet; those that are here: anyclaude models"))
     else:
         say(as_called(f"what else may be set stands in {short_path(settings.file)}; to start: anyclaude"))
     return 0
@@ -6526,7 +6574,7 @@ def session_figures(requests: Sequence[Json]) -> Json:
 
 
 SHOWN_SESSIONS = 10
-STATS_COLUMNS = "began         model                       requests   prompt  reused  written  first token  tokens/s"
+STATS_COLUMNS = "began        model              asked  prompt reused   first  tokens/s"
 
 
 def stats(settings: Settings, options: Sequence[str]) -> int:
@@ -6547,13 +6595,14 @@ def stats(settings: Settings, options: Sequence[str]) -> int:
     for row in rows:
         speed, first, reused = row["tokens_per_second"], row["time_to_first_token"], row["reused_percent"]
         cells = (
-            f"{time.strftime('%b %d %H:%M', time.localtime(row['began']))}  {plain(str(row['model']))[:26]:26}",
-            f"{row['requests']:8}  {row['prompt_tokens']:7}  {'-' if reused is None else f'{reused:.0f} %':>6}",
-            f"{row['output_tokens']:7}  {'-' if first is None else f'{first:.2f} s':>11}",
-            f"{'-' if speed is None else f'{speed:.1f}':>8}  {block * math.ceil(8 * (speed or 0) / fastest)}",
+            f"{time.strftime('%b %d %H:%M', time.localtime(row['began']))} {plain(str(row['model']))[:18]:18}",
+            f"{row['requests']:5} {row['prompt_tokens']:7} {'-' if reused is None else f'{reused:.0f} %':>6}",
+            f"{'-' if first is None else f'{first:.2f} s':>7} {'-' if speed is None else f'{speed:.3g}':>9}",
+            block * math.ceil(8 * (speed or 0) / fastest),
         )
-        print("  ".join(cells) + f"  {row['failed']} failed" * bool(row["failed"]))
-    print("prompt: tokens of the longest; first token, tokens/s: the median of the session's requests")
+        print(" ".join(cells) + f" {row['failed']} failed" * bool(row["failed"]))
+    print("prompt: tokens of the longest; first: seconds to the first token, and tokens/s:")
+    print("the median of the session; reused: not told by mistral.rs, and so a guess of it")
     return 0
 
 
@@ -6625,8 +6674,10 @@ def claude_for_command(arguments: Sequence[str]) -> Path | None:
     word = arguments[0] if arguments else ""
     if not re.fullmatch(r"[a-z][a-z-]*", word) or word in COMMANDS or word == "help":
         return None
+    settings = Settings()
+    with contextlib.suppress(AnyclaudeError):  # it needs none of them but where claude is
+        settings = load_settings({}, os.environ, working_folder(), Path.home())[0]
     with contextlib.suppress(AnyclaudeError):
-        settings = load_settings({}, os.environ, Path.cwd(), Path.home())[0]
         claude = find_claude(settings, os.environ)
         return claude if word in claude_commands(claude_help(claude)) else None
     return None
@@ -6685,16 +6736,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_streams()
     exit_on_signals()
     try:
-        if (claude := claude_for_command(arguments)) is not None:
-            return run_claude(claude, arguments, os.environ)
         own, rest = split_arguments(arguments)
-        if (rest[:1] in (["--help"], ["-h"], ["--version"]) or rest == ["help"]) and "--" not in arguments:
-            print(f"anyclaude {__version__}" if rest[0] == "--version" else USAGE.rstrip())
+        if (
+            rest[:1] in (["--help"], ["-h"], ["--version"]) or rest in (["help"], ["version"])
+        ) and "--" not in arguments:
+            print(f"anyclaude {__version__}" if rest[0].endswith("version") else USAGE.rstrip())
             return 0
         if not os.path.isabs(os.path.expanduser("~")):
             raise AnyclaudeError(
                 "your home folder is not known: HOME is unset or relative.", "export HOME=/path/to/home"
             )
+        if (claude := claude_for_command(arguments)) is not None:
+            return run_claude(claude, arguments, os.environ)
         command = rest[0] if rest and rest[0] in COMMANDS and arguments[-len(rest) - 1 : -len(rest)] != ["--"] else ""
         if command in ("status", "stop", "logs", "stats"):  # these need no settings, and work with broken ones
             return COMMANDS[command][0](Settings(), command_options(command, rest[1:]))

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=f975f92a429a057ef20aa6ce7e7dfcc904fd21b6547aa5e91c70b369d6f670db
+sha256=7ef048c9724b44542101123952d06f861a10967ad5dde358c85d4017b4bea52c
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
@@ -185,19 +185,22 @@ uninstall() {
     state=${HOME:-/nowhere}/.anyclaude
     if [ ! -e "$target" ] && [ ! -L "$target" ]; then
         say "not installed: there is no $target"
-        [ ! -d "$state" ] || offer_to_remove "$state"
-        return
+    else
+        stop_engines
+        ensure "cannot remove $target" "look whose it is: ls -ld $(quoted "$folder")" rm -f "$target"
+        say "removed $target"
     fi
+    [ ! -d "$state" ] || offer_to_remove "$state"
+    [ ! -e "${state}rc.json" ] || say "left: ${state}rc.json, your settings"
+}
+
+stop_engines() {
     [ ! -d "$state" ] || said=$("$target" stop 2>&1) || case $said in
     *"[anyclaude] error: "*) # its own words; what the shell says of a Python that is gone is no reason to keep it
         printf '%s\n' "$said" >&2
         err "an engine could not be stopped, so nothing was removed." "do as it says above, and run this again"
         ;;
     esac
-    ensure "cannot remove $target" "look whose it is: ls -ld $(quoted "$folder")" rm -f "$target"
-    say "removed $target"
-    [ ! -d "$state" ] || offer_to_remove "$state"
-    [ ! -e "${state}rc.json" ] || say "left: ${state}rc.json, your settings"
 }
 
 offer_to_remove() {

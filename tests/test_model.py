@@ -70,7 +70,7 @@ def test_a_named_architecture_overrides_all() -> None:
 def test_a_class_that_no_engine_knows_is_named_with_what_is_known() -> None:
     with pytest.raises(AnyclaudeError) as caught:
         inspect_model("/m/x", {"architectures": ["NewForCausalLM"]}, {})
-    assert "NewForCausalLM" in caught.value.message and "Qwen3MoeForCausalLM" in caught.value.fix
+    assert "NewForCausalLM" in caught.value.message and " qwen3moe " in caught.value.fix
 
 
 @pytest.mark.parametrize("classes", [None, [], ["A", "B"], "Qwen3ForCausalLM", [3]])
@@ -124,7 +124,7 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_id_needs_the_hub() -> None:
-    with pytest.raises(AnyclaudeError, match="to be downloaded, and .* cannot be reached"):
+    with pytest.raises(AnyclaudeError, match="is to be downloaded, and .* cannot be reached"):
         read_model("Qwen/Qwen3-8B")
 
 
@@ -510,3 +510,20 @@ def test_mlx_widths_that_no_engine_reads_are_found(more: dict[str, object]) -> N
     assert not inspect_model("/m/x", {**QWEN3, "quantization": quantisation}, {}).flaws
     ((message, fix),) = inspect_model("/m/x", {**QWEN3, "quantization": {**quantisation, **more}}, {}).flaws
     assert "more than one way" in message and "--base-url" in fix
+
+
+def test_a_gguf_in_the_folder_itself_is_meant_and_not_what_lies_below(tmp_path: Path) -> None:
+    direct = tmp_path / "a.gguf"
+    direct.write_bytes(b"GGUF")
+    for other in ("mmproj/mmproj-a.gguf", "old/x/b.gguf"):
+        (tmp_path / other).parent.mkdir(parents=True)
+        (tmp_path / other).write_bytes(b"GGUF")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(AnyclaudeError, match=r"/a\.gguf cannot be read"):
+        read_model(str(tmp_path))
+    direct.unlink()
+    with pytest.raises(AnyclaudeError, match=r"/old/x/b\.gguf cannot be read"):
+        read_model(str(tmp_path))
+    make_tiny_model(tmp_path / "y")
+    with pytest.raises(AnyclaudeError, match="holds 2 models"):
+        read_model(str(tmp_path))

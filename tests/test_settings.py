@@ -129,7 +129,7 @@ def test_every_key_can_come_from_the_environment(place: Place) -> None:
 
 
 def test_every_field_of_settings_has_a_key_but_those_about_the_sources() -> None:
-    about_the_sources = {"backend", "file", "given", "home_backend", "model_backend", "project_model"}
+    about_the_sources = {"backend", "file", "given", "home_backend", "model_backends", "project_model"}
     fields = {field.name for field in dataclasses.fields(Settings)}
     assert {key.field for key in anyclaude.KEYS} == fields - about_the_sources
 
