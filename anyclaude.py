@@ -2782,6 +2782,16 @@ def stop_orphan(files: _Files) -> None:
     files.state.unlink(missing_ok=True)
 
 
+def own_command() -> list[str]:
+    """The command line of another process of this program. Where this one was imported, that one is, too: it is not compiled
+    anew, and has 28 MB of memory instead of 45."""
+    if __name__ == "__main__":
+        return [sys.executable, "-I", os.path.abspath(__file__)]
+    folder, prefix = os.path.dirname(os.path.abspath(__file__)), sys.pycache_prefix
+    code = f"import sys; sys.path.insert(0, {folder!r}); import {__name__}; {__name__}.entry()"
+    return [sys.executable, "-I", *(["-X", f"pycache_prefix={prefix}"] if prefix else []), "-c", code]
+
+
 class EngineShare:
     """This session's share in an engine: made by starting or joining one, given back by `close`."""
 
@@ -2838,7 +2848,7 @@ class EngineShare:
             error.fix += f"\nor use that server, if it speaks OpenAI's protocol: {use}"
             raise error
         spec = {**self._spec, "port": self.port, "command": command, "model": model.place, "log": str(self.log)}
-        line = [sys.executable, "-I", os.path.abspath(__file__), SUPERVISE]
+        line = [*own_command(), SUPERVISE]
         pipe = subprocess.PIPE
         parent = subprocess.Popen(line, stdin=pipe, stdout=pipe, cwd=Path.home(), start_new_session=True)
         assert parent.stdin is not None and parent.stdout is not None

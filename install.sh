@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=7ef048c9724b44542101123952d06f861a10967ad5dde358c85d4017b4bea52c
+sha256=2b857922c4d91195599a9d14784a974dc0aa41389c8690b1e039076d84fb3586
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

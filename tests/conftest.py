@@ -203,6 +203,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stand_in(sandbox: Sandbox) -> Path:
     """A program called mistralrs that starts, answers and fails as tests/stand_in_engine.py is told to."""
     program = sandbox.bin / "mistralrs"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "stand_in_engine.py"} "$@"\n')
+    script = ROOT / "tests" / "stand_in_engine.py"
+    answers = f"""case "$*" in
+        --version) echo "mistralrs 0.8.1";;
+        *"text --help") cat '{ROOT}/tests/help/mistralrs-0.8.1-text.txt';;
+        *"serve --help") cat '{ROOT}/tests/help/mistralrs-0.8.1-serve.txt';;
+        *) exec {sys.executable} '{script}' "$@";;
+        esac"""
+    program.write_text(f"#!/bin/sh\n{answers}\n")
     program.chmod(0o755)
     return program

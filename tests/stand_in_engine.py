@@ -1,6 +1,7 @@
 """A stand-in for mistralrs that is told by STAND_IN what to do: "serve" (default), "crash", "oom" (as the kernel ends it),
 "hang" (while loading), "slow" (to load), "fatal" (dies of its first request), "slow again" and "hang again" (the second time, and not the first), "stubborn" (ignores TERM), "family" (has a child of its own). One that serves dies
-when it is asked for /die, and answers no chat any more after /deaf. Its words are those of mistralrs 0.8.1."""
+when it is asked for /die, and answers no chat any more after /deaf. Its words are those of mistralrs 0.8.1; --version and
+--help are answered by the script that runs it (conftest.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-HELP = Path(__file__).resolve().parent / "help"
 CHUNK = {"choices": [{"index": 0, "delta": {"content": "here I am"}, "finish_reason": "stop"}]}
 
 
@@ -48,10 +48,6 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments == ["--version"]:
-        return print("mistralrs 0.8.1")
-    if "--help" in arguments:
-        return print((HELP / f"mistralrs-0.8.1-{arguments[-2]}.txt").read_text())
     behaviour, _, again = os.environ.get("STAND_IN", "serve").partition(" ")
     if again and not Path("started").exists():  # in the home folder, where engines are started
         Path("started").touch()

@@ -118,12 +118,14 @@ def test_init_begins_a_file_and_changes_one_without_losing_a_comment(sandbox: Sa
     assert (settings.kind, settings.base_url) == ("remote", "http://localhost:9/v1") and "// mine" in path.read_text()
 
 
+@pytest.mark.slow
 def test_a_text_that_is_not_closed_is_read_in_no_time(sandbox: Sandbox) -> None:
     sandbox.settings("{" + '"\\' * 200_000 + "\n}")
     started = time.monotonic()
     assert "not valid JSON" in sandbox.run("models").stderr and time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_inits_at_the_same_moment_lose_nothing(sandbox: Sandbox) -> None:
     options = {"--isq": "Q3K", "--context-window": "4096", "--prompt": "lean", "--engine-port": "9000"}
     running = [sandbox.start("init", *pair) for pair in options.items()]
@@ -132,6 +134,7 @@ def test_inits_at_the_same_moment_lose_nothing(sandbox: Sandbox) -> None:
     assert (settings.isq, settings.context_window, settings.prompt, settings.port) == ("Q3K", 4096, "lean", 9000)
 
 
+@pytest.mark.slow
 def test_a_project_decides_neither_where_a_choice_is_kept_nor_what_is_downloaded(
     sandbox: Sandbox, stand_in: Path, tiny_model: Path
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_project_decides_neither_where_a_choice_is_kept_nor_what_is_downloaded
     assert status == 0 and "downloading Big" in shown, shown
 
 
+@pytest.mark.slow
 def test_a_model_that_is_named_is_not_sent_to_a_server(sandbox: Sandbox, stand_in: Path, tiny_model: Path) -> None:
     sandbox.run("init", "--base-url", "http://127.0.0.1:9/v1")
     assert load_settings({}, {}, sandbox.work, sandbox.home)[0].kind == "remote"
@@ -187,6 +191,7 @@ OFF: dict[str, Any] = {"enabled": False}
         ({}, {}),
     ],
 )
+@pytest.mark.slow
 def test_a_model_that_init_writes_is_the_one_that_is_used(
     sandbox: Sandbox, tiny_model: Path, home: dict[str, Any], project: dict[str, Any]
 ) -> None:
@@ -203,6 +208,7 @@ def test_a_model_that_init_writes_is_the_one_that_is_used(
     assert there.memory_limit == home.get("backends", {}).get("mlx", {}).get("memoryLimit", 0)
 
 
+@pytest.mark.slow
 def test_init_keeps_no_wrong_model_and_touches_no_broken_file(sandbox: Sandbox) -> None:
     done = sandbox.run("init", "--model-path", "/nowhere")
     assert done.returncode == 1 and "does not exist" in done.stderr
@@ -301,6 +307,7 @@ def test_what_is_on_the_disk_is_not_offered_for_download(monkeypatch: pytest.Mon
     assert len(known) == len(anyclaude.KNOWN_MODELS) - 1
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_written_are_shown_instead(sandbox: Sandbox, tiny_model: Path) -> None:
     done = sandbox.run("init", "--config-file", "/proc/none.json", "--model-path", str(tiny_model))
     assert done.returncode == 1 and "/proc/none.json cannot be written" in done.stderr
@@ -310,6 +317,7 @@ def test_settings_that_cannot_be_written_are_shown_instead(sandbox: Sandbox, tin
     assert sandbox.run("doctor", "--config-file", "none.json").returncode == 1
 
 
+@pytest.mark.slow
 def test_a_file_keeps_its_mode_and_its_line_ends_and_odd_paths_are_kept(sandbox: Sandbox, tiny_model: Path) -> None:
     path = sandbox.settings('{\r\n  // mine\r\n  "backend": "mlx"\r\n}\r\n')
     path.chmod(0o644)
@@ -668,6 +676,7 @@ def newcomer(shelf: Sandbox) -> Sandbox:
     return shelf
 
 
+@pytest.mark.slow
 def test_a_first_run_asks_for_what_is_missing_and_keeps_the_choice(
     newcomer: Sandbox, stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -707,12 +716,14 @@ def test_a_first_run_asks_for_what_is_missing_and_keeps_the_choice(
     assert load_settings({}, {}, newcomer.work, newcomer.home)[0].model_path == chosen
 
 
+@pytest.mark.slow
 def test_with_yes_nothing_is_asked(newcomer: Sandbox, stand_in: Path) -> None:
     done = newcomer.run("--yes", "-p", "hi")
     assert done.stdout == "the end\n" and "yes (--yes)" in done.stderr, done.stderr
     assert load_settings({}, {}, newcomer.work, newcomer.home)[0].model_path
 
 
+@pytest.mark.slow
 def test_with_yes_and_no_model_the_first_that_fits_is_downloaded(sandbox: Sandbox, stand_in: Path) -> None:
     path = {"PATH": str(sandbox.bin)}
     best = anyclaude.choices(Settings(), path, anyclaude.likely_engine(Settings(), path))[1][0].path
@@ -722,6 +733,7 @@ def test_with_yes_and_no_model_the_first_that_fits_is_downloaded(sandbox: Sandbo
     assert not (sandbox.home / ".anyclauderc.json").exists()  # nobody chose it
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_used_is_not_kept(newcomer: Sandbox, stand_in: Path) -> None:
     bare = make_tiny_model(newcomer.home / "bare")
     (bare / "tokenizer_config.json").write_text("{}")
@@ -729,6 +741,7 @@ def test_a_model_that_cannot_be_used_is_not_kept(newcomer: Sandbox, stand_in: Pa
     assert status == 130 and "no chat template" in shown and not (newcomer.home / ".anyclauderc.json").exists()
 
 
+@pytest.mark.slow
 def test_init_with_an_option_asks_for_nothing_else(newcomer: Sandbox, stand_in: Path) -> None:
     status, shown = newcomer.on_terminal("init", "--isq", "Q3K")
     assert (
@@ -738,6 +751,7 @@ def test_init_with_an_option_asks_for_nothing_else(newcomer: Sandbox, stand_in: 
     )
 
 
+@pytest.mark.slow
 def test_a_claude_in_npms_own_folder_is_found(newcomer: Sandbox, stand_in: Path) -> None:
     claude = newcomer.home / "global" / "bin" / "claude"
     claude.parent.mkdir(parents=True)
@@ -747,6 +761,7 @@ def test_a_claude_in_npms_own_folder_is_found(newcomer: Sandbox, stand_in: Path)
     assert newcomer.run("--demo", "-p", "hi").stdout == "the end\n"
 
 
+@pytest.mark.slow
 def test_without_a_terminal_everything_that_is_missing_is_told_at_once(newcomer: Sandbox) -> None:
     bare = {"PATH": str(newcomer.bin)}
     words = ["mistral.rs was not found, and it cannot be built yet", "rustup", "no model is configured", "with --yes"]
@@ -766,6 +781,7 @@ def test_what_a_build_lacks_is_told_before_anything_is_asked(newcomer: Sandbox) 
     assert "then the same command again" in shown and "Which model" not in shown and "[Y/n]" not in shown
 
 
+@pytest.mark.slow
 def test_no_is_an_answer(newcomer: Sandbox, stand_in: Path) -> None:
     status, shown = newcomer.on_terminal(answers=[("[Y/n]", "n\n")])
     assert status == 1 and "was not found" in shown and not (newcomer.home / "npm").exists()
@@ -801,6 +817,7 @@ def test_claude_codes_own_installer_stands_in_for_npm(
         assert anyclaude.set_up_claude(Settings(yes=True), path) == tmp_path / ".local" / "bin" / "claude"
 
 
+@pytest.mark.slow
 def test_what_npm_cannot_install_is_told(newcomer: Sandbox) -> None:
     (newcomer.bin / "npm").write_text("#!/bin/sh\necho npm: no network >&2\nexit 7\n")
     done = newcomer.run("--yes", "--demo", "-p", "hi")
@@ -871,6 +888,7 @@ def test_what_is_claudes_or_a_prompt_is_no_near_miss(words: str) -> None:
 
 
 @pytest.mark.outside
+@pytest.mark.slow
 def test_claudes_own_commands_get_their_arguments_unchanged(sandbox: Sandbox, claude: Path) -> None:
     done = sandbox.run("mcp", "add", "mine", "--", "npx", "-y", "--demo", "pkg")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -908,6 +926,7 @@ def test_a_near_miss_ends_with_what_to_type(sandbox: Sandbox) -> None:
 # --- What is shown ---
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_that_want_them(sandbox: Sandbox) -> None:
     _, shown = sandbox.on_terminal("stop", "--frce")
     assert "\x1b[31merror:" in shown and "\x1b[32mfix:" in shown
@@ -933,6 +952,7 @@ def test_a_long_wait_says_something_in_a_pipe_too(
     assert said == [f"[anyclaude] so far {second}" for second in (31, 62, 93)]
 
 
+@pytest.mark.slow
 def test_loading_is_told_in_percent(sandbox: Sandbox, stand_in: Path, tiny_model: Path) -> None:
     status, shown = sandbox.on_terminal(
         "--proxy-only", "--model-path", str(tiny_model), env={"STAND_IN": "slow", "ANYCLAUDE_ENGINE_PORT": "0"},
@@ -1041,7 +1061,7 @@ def test_the_log_of_requests_is_rotated_and_written_by_many(
     for thread in threads:
         thread.join()
     logs = sorted((tmp_path / ".anyclaude" / "logs").glob("requests.jsonl*"))
-    assert len(logs) == 2 and all(path.stat().st_size < 21_000 for path in logs)
+    assert len(logs) == 2 and all(path.stat().st_size < 24_000 for path in logs)
     assert sum(len(path.read_text().splitlines()) for path in logs) == 100
     assert len(anyclaude.read_requests()) == 100
 
@@ -1080,6 +1100,7 @@ echo; eval "$(sed -n 's/.*"command": "\\(cat [^"]*\\)".*/\\1/p' "${one#*=}")"
 """
 
 
+@pytest.mark.slow
 def test_the_status_line_is_for_sessions_on_a_terminal_and_never_over_the_users_own(sandbox: Sandbox) -> None:
     (sandbox.bin / "claude").write_text(CLIENT)
     (sandbox.bin / "claude").chmod(0o755)
@@ -1104,6 +1125,7 @@ def test_the_status_line_is_for_sessions_on_a_terminal_and_never_over_the_users_
 
 
 @pytest.mark.outside
+@pytest.mark.slow
 def test_the_real_claude_leaves_its_figures(sandbox: Sandbox, claude: Path) -> None:
     assert sandbox.run("--demo", "-p", "Which files are here?").returncode == 0
     rows = requests_of(sandbox.home)

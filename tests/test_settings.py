@@ -250,7 +250,7 @@ JUNK = [
 ]
 
 
-@pytest.mark.parametrize("value", JUNK)
+@pytest.mark.parametrize("value", JUNK, ids=lambda value: repr(value)[:20])
 def test_no_value_of_any_key_makes_a_traceback(place: Place, value: object) -> None:
     for folder in (place.home, place.project):
         place.write(folder, one(**{key.json: value for key in anyclaude.KEYS if key.json}))
