@@ -11,12 +11,12 @@ The file reads top to bottom, and a section uses only those above it:
 
     1 Ground       constants, errors, the terminal, private files
     2 Settings     flags > environment > project file > home file > defaults
-    3 Model        what is on disk: architecture, context window, quantisation, sampling
+    3 Model        what is on disk or on Hugging Face: architecture, context window, size, quantisation; downloads
     4 Engine       mistral.rs: find, command line, start, share, wait, stop; the demo engine
     5 Request      Anthropic -> OpenAI; pure
     6 Tool text    model output -> text and tool calls, as a stream; pure
     7 Reply        OpenAI chunks -> Anthropic events; a pure state machine
-    8 Proxy        http.server and threads around 5 to 7
+    8 Proxy        http.server and threads around 5 to 7, and what the requests take
     9 Claude Code  find it, its environment, run it in the foreground
     10 Commands    the command line
 """
@@ -389,9 +389,8 @@ SETTINGS_FILE = ".anyclauderc.json"
 @dataclass(frozen=True)
 class Settings:
     """What the user wants, after every source was read. `kind`: "mistralrs" is started here, "remote" only talked to;
-    `file`, `home_backend`: where `init` writes to, and `model_backends`: where a model is kept, home's own first; `given`: the fields that the
-    command line set;
-    `project_model`: the model was chosen by a project's file."""
+    `file`, `home_backend`: where `init` writes to, and `model_backends`: where a model is kept, home's own first; `given`:
+    the fields that the command line set; `project_model`: the model was chosen by a project's file."""
 
     backend: str = "mlx"
     enabled: bool = True
@@ -791,7 +790,7 @@ def with_setting(text: str, keys: Sequence[str], value: Any) -> str:
     return text
 
 
-# What `anyclaude init` writes: %s is the backend with what was chosen. Everything in it is as if it were not there.
+# What `anyclaude init` begins with: as if it were not there, until a line's comment is taken away.
 COMMENTED_SETTINGS = """\
 // The settings of anyclaude: JSON, in which comments and a comma too many are allowed.
 // The same keys may stand in .anyclauderc.json in a project's folder; options on the command line come first.
@@ -827,8 +826,7 @@ COMMENTED_SETTINGS = """\
 
 
 # === 3 Model ==================================================================================
-# Rule: inspection is pure (`inspect_model`, `inspect_gguf`); what reads the disk or asks the hub stands behind it, and only
-# reads.
+# Rule: inspection is pure (`inspect_model`, `inspect_gguf`); what reads the disk, asks the hub and downloads stands behind it.
 
 # First mistral.rs that loads it -> "value of -a = class in config.json". No value: the engine's automatic loader takes
 # it (multimodal models). Source: mistralrs-core/src/pipeline/loaders/{normal,vision,multimodal}_loaders.rs at v0.6.0,

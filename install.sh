@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=2b857922c4d91195599a9d14784a974dc0aa41389c8690b1e039076d84fb3586
+sha256=c409ad97e6f260db64314fe625dafe99877a517e71f18b265719393b837b7d14
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
