@@ -2722,11 +2722,15 @@ def owns(pid: int, port: int) -> bool:
     return True
 
 
+class PortTaken(AnyclaudeError):
+    """Another program listens on a port."""
+
+
 def port_taken(whose: str, port: int, option: str, why: str = "") -> AnyclaudeError:
     """The error that `port` cannot be had, with its owner if that is known."""
     pid, name = port_owner(port)
     who = f"by {name} (pid {pid})" if pid else f"({why or 'by a program that cannot be seen'})"
-    return AnyclaudeError(f"{whose}port {port} is taken {who}.", f"Choose another: {option} {other_port(port)}")
+    return PortTaken(f"{whose}port {port} is taken {who}.", f"Choose another: {option} {other_port(port)}")
 
 
 def other_port(port: int) -> int:
@@ -4926,7 +4930,7 @@ class Meter:
         except ApiError as error:
             outcome = f"error {error.status}"
             raise
-        except (_ClientLeft, ConnectionError, TimeoutError):
+        except (_ClientLeft, OSError):
             outcome = "left"
             raise
         finally:
@@ -6103,8 +6107,16 @@ def server_command(settings: Settings, port: int) -> list[str]:
 
 
 def start_engine(plan: Plan, settings: Settings) -> EngineShare:
-    """Start the engine or join the one that runs, and wait until it serves."""
-    port = settings.port or free_port()
+    """Start the engine or join the one that runs, and wait until it serves. Where any port will do, one that another program
+    took meanwhile is no error."""
+    for _ in range(0 if settings.port else 2):
+        with contextlib.suppress(PortTaken):
+            return start_engine_at(free_port(), plan, settings)
+    return start_engine_at(settings.port or free_port(), plan, settings)
+
+
+def start_engine_at(port: int, plan: Plan, settings: Settings) -> EngineShare:
+    """The same, at this port."""
     command = plan.command(settings, port)
     make_shadow(plan.model)
     told = {"keep_alive": settings.keep_alive, "start_timeout": settings.start_timeout}

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=c409ad97e6f260db64314fe625dafe99877a517e71f18b265719393b837b7d14
+sha256=1804469c747a7b19eb217a4cf39a3b238340bdecedad2c89dc90694341f3a600
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

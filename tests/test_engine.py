@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from conftest import Sandbox
 from fake_engine import fake_engine
 from tiny_model import SCRIPTS, make_tiny_model
 
+import anyclaude
 from anyclaude import (
     GENERATIONS,
     LOG_HINTS,
@@ -441,6 +443,24 @@ def test_a_stale_state_file_whose_pid_is_another_programs_hurts_nobody(box: Sand
         process = box.start("--proxy-only")
         ready(process)
         end(process)
+
+
+@pytest.mark.slow
+def test_where_any_port_will_do_one_that_was_taken_meanwhile_is_no_error(
+    box: Sandbox, stand_in: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ports = [other.getsockname()[1], free_port()]
+        monkeypatch.setattr(anyclaude, "free_port", lambda: ports.pop(0))
+        monkeypatch.setenv("HOME", str(box.home))
+        settings = anyclaude.Settings(port=0, model_path=str(tiny_model), binary=str(stand_in))
+        with anyclaude.serving_target(settings, box.env) as (target, _):
+            assert not ports and anyclaude.answers(target.url.replace("/v1", "/health"))
+        taken = dataclasses.replace(settings, port=other.getsockname()[1])
+        with pytest.raises(anyclaude.PortTaken), anyclaude.serving_target(taken, box.env):
+            pass
 
 
 def test_a_program_that_cannot_be_started_is_an_error(box: Sandbox, stand_in: Path) -> None:
