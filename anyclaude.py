@@ -1097,6 +1097,11 @@ class Model:
         """Its folder or its file: what tells it from others."""
         return os.path.join(self.path, self.files[0]) if self.files else self.path
 
+    @property
+    def to_download(self) -> int:
+        """The bytes of `remote`."""
+        return sum(size for size, _ in self.remote.values())
+
     def size(self, isq: str, widened: int = 1) -> int:
         """The bytes of its weights in memory, when quantised to `isq` while loading. `widened`: how many times larger
         those become that are not quantised."""
@@ -1534,6 +1539,11 @@ class _HubRedirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
+def _name_in(path: str) -> str:
+    """The model ("org/name") in a path of the hub."""
+    return "/".join(path.partition("?")[0].replace("api/models/", "").split("/")[:2])
+
+
 def open_hub(path: str, begin: int = 0) -> Any:
     """A response of the Hugging Face hub, from byte `begin` on. Raises AnyclaudeError where trying again does not help, and
     OSError. Source: the hub's API, /api/models/NAME?blobs=true and /NAME/resolve/main/FILE, and huggingface_hub."""
@@ -1547,7 +1557,7 @@ def open_hub(path: str, begin: int = 0) -> Any:
         request.add_header("Authorization", f"Bearer {token}")
     if begin:
         request.add_header("Range", f"bytes={begin}-")
-    name = "/".join(path.partition("?")[0].replace("api/models/", "").split("/")[:2])
+    name = _name_in(path)
     try:
         return urllib.request.build_opener(_HubRedirects).open(request, timeout=HUB_SECONDS)
     except urllib.error.HTTPError as error:
@@ -1562,7 +1572,7 @@ def open_hub(path: str, begin: int = 0) -> Any:
 
 def ask_hub(path: str) -> str:
     """A small file of the hub. Raises AnyclaudeError."""
-    name = "/".join(path.partition("?")[0].replace("api/models/", "").split("/")[:2])
+    name = _name_in(path)
     host = os.environ.get("HF_ENDPOINT") or HUB
     try:
         with open_hub(path) as reply:
@@ -1676,7 +1686,7 @@ def fetch_model(model: Model) -> None:
     """Download a model's files to where it says it is; what is there already stays. Raises AnyclaudeError."""
     place = hub_place(model.hub)
     parts = {name: (place / name, place / f"{name}.part") for name in model.remote}
-    total = sum(size for size, _ in model.remote.values())
+    total = model.to_download
     try:
         for path, _ in parts.values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -1799,9 +1809,9 @@ def read_model(path: str, arch: str = "", template: str = "") -> Model:
         )
     if folder.is_file():
         return _read_gguf(folder, template)
-    whole = (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
-    has_weights = whole and any(folder.glob("*.safetensors"))
-    found = [] if has_weights else gguf_models(folder) or ([] if whole else [*_models_below(folder, 2)])
+    has_weights = any(folder.glob("*.safetensors"))
+    is_model = has_weights or (folder / "config.json").is_file()
+    found = [] if has_weights else gguf_models(folder) or ([] if is_model else [*_models_below(folder, 2)])
     found = [*{os.path.realpath(one): one for one in found}.values()]
     if len(found) > 1:
         listed = "".join(f"\n  --model-path {shlex.quote(str(one))}" for one in found[:20])
@@ -2350,13 +2360,17 @@ def check_build(plan: Build, environ: Mapping[str, str]) -> list[Check]:
     return checks
 
 
+class CannotBuild(AnyclaudeError):
+    """Something that a build needs is not there."""
+
+
 def _tell_what_is_missing(checks: Iterable[Check], why: str = "") -> None:
-    """Raises AnyclaudeError with everything that a build lacks. `why`: the beginning of what is said."""
+    """Raises CannotBuild with everything that a build lacks. `why`: the beginning of what is said."""
     missing = [check for check in checks if check.state == "failure"]
     if missing:
         words = "; ".join(check.text for check in missing)
         fixes = [*(check.fix for check in missing), "then the same command again"]
-        raise AnyclaudeError(f"{why}it cannot be built yet: {words}.", "\n".join(fixes))
+        raise CannotBuild(f"{why}it cannot be built yet: {words}.", "\n".join(fixes))
 
 
 def build(settings: Settings, environ: Mapping[str, str], tag: str = "") -> Path:
@@ -5912,7 +5926,7 @@ def what_is_missing(settings: Settings, environ: Mapping[str, str]) -> tuple[Eng
         missing.append(error)
         try:
             _tell_what_is_missing(check_build(plan_build(settings, environ), environ), "mistral.rs was not found, and ")
-        except AnyclaudeError as why:
+        except CannotBuild as why:
             missing = [why]
     if not settings.model_path:
         missing.append(AnyclaudeError("no model is configured.", NO_MODEL))
@@ -5932,8 +5946,8 @@ def set_up(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, En
     if missing and not (settings.yes or can_ask()):
         raise all_missing(missing)
     if not engine:
-        can_build = "cannot be built" not in missing[0].message
-        if not can_build or not agrees("mistral.rs was not found. Build it now? 10 to 40 minutes, once.", settings.yes):
+        question = "mistral.rs was not found. Build it now? 10 to 40 minutes, once."
+        if isinstance(missing[0], CannotBuild) or not agrees(question, settings.yes):
             raise missing[0]
     if not settings.model_path:
         settings = choose_model(settings, environ)
@@ -5983,7 +5997,7 @@ def serving_target(settings: Settings, environ: Mapping[str, str]) -> Iterator[t
 
 def fetch_for(settings: Settings, model: Model) -> None:
     """Download a model that the user chose; one that a project's file chose only if the user agrees."""
-    size = gigabytes(sum(size for size, _ in model.remote.values()))
+    size = gigabytes(model.to_download)
     question = f"This project's {SETTINGS_FILE} wants {model.hub} from Hugging Face ({size}). Download it?"
     if settings.project_model and not agrees(question, settings.yes):
         message = f"{model.hub}, which this project's file names, is not on this disk."
@@ -6450,9 +6464,7 @@ def describe_model(model: Model) -> str:
         "calls": model.dialect.calls,
         "quantised": "already" if model.quantised else "",
         "in": "GGUF" if model.files else "MLX, read through a folder of links" if model.mlx == "shadow" else "",
-        "to be downloaded from Hugging Face first:": gigabytes(sum(size for size, _ in model.remote.values()))
-        if model.hub
-        else "",
+        "to be downloaded from Hugging Face first:": gigabytes(model.to_download) if model.hub else "",
     }
     return ", ".join(f"{name} {text}".strip() for name, text in facts.items() if text)
 
@@ -6668,8 +6680,8 @@ def near_miss(arguments: Sequence[str], claude_help: str) -> tuple[str, str]:
         near = near or [one for one in own if len(name) > 5 and one.startswith(name) and claude_help]
         if len(given) > 3 and given[0] == "-" and near and given not in near and not lists(claude_help, given):
             return given, near[0]
-    word = arguments[0] if arguments and all(one.startswith("-") for one in arguments[1:]) else "-"
-    word = "" if word.startswith("-") else word
+    alone = [one.startswith("-") for one in arguments] == [False] + [True] * (len(arguments) - 1)
+    word = arguments[0] if arguments and alone else ""
     near = difflib.get_close_matches(word, list(COMMANDS), 1, 0.75)
     return (word, near[0]) if near and word not in claude_commands(claude_help) else ("", "")
 

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=1804469c747a7b19eb217a4cf39a3b238340bdecedad2c89dc90694341f3a600
+sha256=893f815078f4118e0a863fab0ab9499fd0b372bbc052f083baccf20482832849
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
