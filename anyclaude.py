@@ -44,7 +44,6 @@ import shlex
 import shutil
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -3875,6 +3874,11 @@ def _finder(words: tuple[str, ...], at_the_end: bool = False) -> re.Pattern[str]
     return re.compile(f"({whole})" if at_the_end else rf"({whole})|(?:{begun})\Z")
 
 
+def _without(characters: str) -> Callable[[str], Any]:
+    """Tells a text, not empty, in which none of `characters` is."""
+    return re.compile("[^" + "".join(map(re.escape, sorted(characters))) + "]+").fullmatch
+
+
 def _fence_behind(fence: str, line: str) -> str:
     """The fence of the code block that is open behind `line`, if `fence` was open in front of it."""
     if fence:
@@ -3942,6 +3946,8 @@ class ToolText:
         self._spanned, self._fence = False, ""  # in code between backticks; the fence of the code block that is open
         self._shown: set[str] = set()  # closers of thinking whose opener was shown as text
         self._events: list[TextEvent] = []
+        self._is_free = False  # it waits for one of `_stops` in text, and holds nothing back
+        self._is_harmless = _without("".join({stop[0] for stop in self._stops}))
         self._parser = self._run()
         next(self._parser)
 
@@ -3949,6 +3955,13 @@ class ToolText:
         """The next piece of the model's output -> what is now known."""
         self._buffer += text
         return self._advance()
+
+    def pass_on(self, text: str) -> bool:
+        """Whether the next piece is text in any case; then it was taken, and needs no `feed`."""
+        if not self._is_free or not self._is_harmless(text):
+            return False
+        self._said.append(text)
+        return True
 
     def end(self, natural: bool) -> list[TextEvent]:
         """The output is over -> the rest. `natural`: the model ended it, so that a missing last bracket may be added."""
@@ -4024,7 +4037,9 @@ class ToolText:
                 emit(self._take(count))
             if self._final or (held and held[1]):
                 return held[1] if held and held[1] else ""
+            self._is_free = emit == self._say and not self._buffer
             yield
+            self._is_free = False
 
     def _space(self) -> Reader:
         """Skip white space -> the character behind it, "" at the end."""
@@ -4383,15 +4398,17 @@ class EventStream:
     llama.cpp send it). Comments and other fields are passed over."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []  # of a line that is not whole
+        self._parts: list[bytes] = []
+        self.pending = False  # a line has begun that is not whole: `_parts`
 
     def feed(self, data: bytes) -> list[str]:
         """More bytes -> the payloads that are now whole."""
         if b"\n" not in data:
             self._parts.append(data)
+            self.pending |= bool(data)
             return []
         *lines, rest = b"".join((*self._parts, data)).split(b"\n")
-        self._parts = [rest]
+        self._parts, self.pending = [rest], bool(rest)
         fields = (line.partition(b":") for line in lines if line.startswith((b"data:", b"error:")))
         return [value.strip().decode("utf-8", "replace") for _, _, value in fields if value.strip()]
 
@@ -4498,6 +4515,11 @@ class Reply:
         return self._state != "new"
 
     @property
+    def ended(self) -> bool:
+        """Whether all was said."""
+        return self._state == "ended"
+
+    @property
     def writes(self) -> bool:
         """Whether the model has begun to write."""
         return self._index >= 0
@@ -4531,19 +4553,15 @@ class Reply:
         if choice.get("error") or choice.get("finish_reason") in ("error", "abort"):
             return self.fail(ApiError(500, f"the engine: {_error_text(choice) or 'it broke off'}"))
         first = self.start()
-        if chunk.get("usage"):
-            self._count(as_object(chunk["usage"]))
         delta = as_object(choice.get("delta"))
-        thought = delta.get("reasoning_content") or delta.get("reasoning")
-        if thought and isinstance(thought, str):
-            self._text.thinks = False  # the engine tells thinking from text
-            self._apply([("thinking", thought)])
-        content = delta.get("content")
-        for kind, text in [("text", content)] if content and isinstance(content, str) else _contents(content):
-            self._output += not chunk.get("usage")
+        for kind, text in _said_in(delta):
+            self._output += 1  # a token, most likely, until the engine tells
+            self._text.thinks &= kind == "text"  # an engine may tell thinking from text itself
             if kind == "text" and self._stops:
                 text = "" if self._stop.found else self._stop.feed(text)
             self._apply(self._text.feed(text) if kind == "text" else [(kind, text)])
+        if chunk.get("usage"):
+            self._count(as_object(chunk["usage"]))
         if delta.get("tool_calls") or delta.get("function_call"):
             for call in as_list(delta.get("tool_calls")) or [{"function": delta.get("function_call")}]:
                 self._call_of_engine(as_object(call))
@@ -4552,6 +4570,14 @@ class Reply:
             matched = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM, SGLang
             self._stop.found = str(matched) if matched in self._stops else self._stop.found
         return first + self._take()
+
+    def pass_on(self, kind: str, text: str) -> int:
+        """Take a text ("text" or "thinking") that only makes the open block longer -> the block's number; -1 if it may do
+        more, and must be fed."""
+        if kind != self._block or self._stops or self._muted or (kind == "text" and not self._text.pass_on(text)):
+            return -1
+        self._output += 1
+        return self._index
 
     def finish(self, done: bool) -> list[Event]:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
@@ -4681,8 +4707,12 @@ class Reply:
         self._block = self._space = ""
 
 
-def _contents(content: Any) -> Iterator[TextEvent]:
-    """The parts of a delta's content that is a list (Mistral's servers): texts and thinking, which is a list again."""
+def _said_in(delta: Json) -> Iterator[TextEvent]:
+    """What a delta says. Its content may be a list (Mistral's servers): of texts and of thinking, which is a list again."""
+    thought, content = delta.get("reasoning_content") or delta.get("reasoning"), delta.get("content")
+    for kind, text in (("thinking", thought), ("text", content)):
+        if text and isinstance(text, str):
+            yield kind, text
     for part in map(as_object, as_list(content)):
         for kind in ("text", "thinking"):
             texts = [as_object(inner).get("text") for inner in as_list(part.get(kind))] or [part.get(kind)]
@@ -4696,6 +4726,80 @@ def _continues(delta: Json, function: Json, call: Json) -> bool:
     if delta.get("index") is not None:
         return bool(delta["index"] == call["index"])
     return not (function.get("name") and call.get("name"))  # nothing tells it but that it has no name again
+
+
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}
+
+
+def _lone_text(payload: str) -> TextEvent | None:
+    """What a chunk says that says it and nothing else; None for others."""
+    chunk = read_chunk(payload) or {}
+    choice = as_object(next(iter(as_list(chunk.get("choices"))), None))
+    delta = as_object(choice.get("delta"))
+    told = {key for key, value in (*choice.items(), *delta.items()) if value} - {"delta", "index", "logprobs", "role"}
+    texts = list(_said_in(delta))
+    return texts[0] if len(told) == len(texts) == 1 and not chunk.get("usage") else None
+
+
+class ReplyStream:
+    """The engine's answer, bytes cut anywhere -> the events of `reply`. `window`: in tokens, for an error's words.
+
+    Nearly every read is one chunk that differs from one before in its text alone. It is known by the bytes around that, and
+    its event is made without parsing it (`pass_on`): at 200 chunks a second, each finds cold caches, and parsing it would
+    take longer than all the rest."""
+
+    def __init__(self, reply: Reply, window: int = 0) -> None:
+        self._reply, self._window, self._lines = reply, window, EventStream()
+        self._kind, self._known = "", re.compile(b"(?!)").fullmatch  # the chunk that is known, its text as group 1
+        self._tries = 4  # to know one; some engines may write them all differently
+
+    def pass_on(self, data: bytes) -> bytes:
+        """More bytes, if they are a chunk that is known -> its event, encoded; otherwise b"", and they must be fed."""
+        found = self._known(data)
+        if not found or self._lines.pending:
+            return b""
+        text = found[1].decode("utf-8", "replace")
+        index = self._reply.pass_on(self._kind, text)
+        if index < 0:
+            return b""
+        self._tries = 4
+        delta, key = _DELTAS[self._kind]
+        return (
+            f'event: content_block_delta\ndata: {{"type": "content_block_delta", "index": {index}, '
+            f'"delta": {{"type": "{delta}", "{key}": "{text}"}}}}\n\n'
+        ).encode()
+
+    def feed(self, data: bytes, last: bool = False) -> list[Event]:
+        """More bytes -> their events. `last`: nothing follows."""
+        events: list[Event] = []
+        payloads = self._lines.feed(data + b"\n" * last)  # the last line may lack its end
+        for payload in payloads:
+            chunk = {} if payload == "[DONE]" else read_chunk(payload)
+            if chunk is None and payload.startswith("{") and not payload.endswith("}"):
+                last = True  # half a line: the stream ends here
+                break
+            if chunk is None:
+                return events + self._reply.fail(self.error(500, payload))
+            events += self._reply.finish(done=True) if payload == "[DONE]" else self._reply.feed(chunk)
+        if len(payloads) == 1 and self._tries:
+            self._know(data, payloads[0])
+        return events + (self._reply.finish(done=False) if last else [])
+
+    def error(self, status: int, text: str) -> ApiError:
+        """An engine's error in the client's words."""
+        return engine_error(status, text, self._reply.prompt, self._window)
+
+    def _know(self, data: bytes, payload: str) -> None:
+        """Know chunks like this one, if all that it has is a text."""
+        kind, text = _lone_text(payload) or ("", "")
+        parts = data.split(to_json(text).encode("utf-8", "replace"))
+        if kind and len(parts) == 2:
+            self._tries -= 1
+            other = EventStream().feed(to_json(text + "?").encode("utf-8", "replace").join(parts))
+            if [_lone_text(one) for one in other] == [(kind, text + "?")]:
+                before, behind = map(re.escape, parts)
+                plain = rb'"([^"\\\x00-\x1f]+)"'  # a text that stands for itself in a JSON string
+                self._kind, self._known = kind, re.compile(before + plain + behind).fullmatch
 
 
 def encode_events(events: Iterable[Event]) -> bytes:
@@ -4748,6 +4852,7 @@ def _arguments_of(text: str) -> Json:
 
 FIRST_WORD_SECONDS = 2.0  # before the reply is begun: an error can still have its HTTP status
 PING_SECONDS = 5.0
+NEXT_CHUNK_SECONDS = 0.1  # while chunks come faster, the client is looked after only so often
 COUNT_SECONDS = 0.01  # for the engine's own count of tokens
 BODY_LIMIT = 64 << 20  # bytes
 NOT_AVAILABLE = "{} is not available here: a local model answers, and no such service is behind it. Nothing was done."
@@ -4758,14 +4863,14 @@ class DebugLog:
     """`~/.anyclaude/logs/debug.log`. Level 1: a line a request; 2: bodies; 3: every event. Secrets at no level."""
 
     def __init__(self, level: int, hidden: Iterable[str]) -> None:
-        self._level, self._hidden = level, [secret for secret in hidden if secret]
+        self.level, self._hidden = level, [secret for secret in hidden if secret]
         self._path = state_path("logs", "debug.log") if level else Path()
         self._file = rotated_log(self._path) if level else -1
         self._lock = threading.Lock()
 
     def __call__(self, level: int, text: str | Callable[[], str]) -> None:
         """Write `text` (or what it returns, so that nothing is made in vain) if this level is wanted."""
-        if level > self._level:
+        if level > self.level:
             return
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text if isinstance(text, str) else text()}\n"
         for secret in self._hidden:
@@ -4787,6 +4892,10 @@ class ChunkedBody:
 
     def feed(self, data: bytes) -> bytes:
         """More bytes -> the content in them."""
+        head, _, content = data.partition(b"\r\n")
+        whole = len(content) > 2 and not (self._rest or self._left or self.ended)
+        if whole and head.isalnum() and int(head, 16) == len(content) - 2:  # most often it is one chunk
+            return content[:-2]
         data, at, out = self._rest + data, 0, []
         while not self.ended:
             if self._left:
@@ -4802,6 +4911,14 @@ class ChunkedBody:
             at, self._left, self.ended = end + 1, size + 2, size == 0
         self._rest = data[at:]
         return b"".join(out)
+
+
+class _ClientLeft(Exception):
+    """The client closed its connection."""
+
+
+class _EngineLost(Exception):
+    """The engine broke off, in words."""
 
 
 class _Upstream:
@@ -4822,36 +4939,33 @@ class _Upstream:
         self._head, self._chunks = b"", ChunkedBody()
         self._is_chunked = False
         self._client, self._socket = client, connection.sock
-        self._socket.setblocking(False)
+        self.now = self._look = time.monotonic()  # when `read` returned last; when to look after the client
+        self._socket.settimeout(NEXT_CHUNK_SECONDS)
         self._poll = select.poll()
         for one in (self._socket, client):
             self._poll.register(one, select.POLLIN)
 
-    def wait(self, seconds: float) -> str:
-        """What comes first: "data" to read, "gone" (the client left), or "silence"."""
-        deadline = time.monotonic() + seconds
-        while True:
-            pending = getattr(self._socket, "pending", int)()  # what TLS has read already; polling does not see it
-            left = 0 if pending else max(0, round((deadline - time.monotonic()) * 1000))
-            ready = [number for number, _ in self._poll.poll(left)]
-            if self._client.fileno() in ready:
-                try:
-                    if not self._client.recv(1, socket.MSG_PEEK):
-                        return "gone"
-                except OSError:
-                    return "gone"
-                self._poll.unregister(self._client)  # its next request, which waits its turn
-            if pending or self._socket.fileno() in ready:
-                return "data"
-            if not ready:
-                return "silence"
-
-    def read(self) -> bytes:
-        """Read once -> the content that came; `status` is 0 until the head is whole. Raises OSError and ValueError."""
+    def read(self, seconds: float) -> bytes | None:
+        """Read once -> the content that came; None if none came within `seconds` (or 0.1, if that is longer). `status` is 0
+        until the head is whole. Raises _ClientLeft and _EngineLost."""
+        if self.now >= self._look:
+            self._wait(0)
         try:
-            data = self._socket.recv(1 << 16)
-        except (BlockingIOError, ssl.SSLWantReadError):  # what came was TLS' own
+            try:
+                data = self._socket.recv(1 << 16)
+            except socket.timeout:
+                if not self._wait(seconds - NEXT_CHUNK_SECONDS):
+                    return None
+                data = self._socket.recv(1 << 16)
+            self.now = time.monotonic()
+            return self._content(data)
+        except socket.timeout:  # what came was TLS' own
             return b""
+        except (OSError, ValueError, IndexError) as error:
+            raise _EngineLost(f"the connection to the engine broke: {error!r}") from None
+
+    def _content(self, data: bytes) -> bytes:
+        """The content in the bytes that were read."""
         self.ended = not data
         if not self.status:
             self._head += data
@@ -4873,6 +4987,24 @@ class _Upstream:
         if self.status != 200 or len(self.body) < 4096:
             self.body += data
         return data
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether there is something to read within `seconds`. Raises _ClientLeft."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ready = [number for number, _ in self._poll.poll(max(0, round((deadline - time.monotonic()) * 1000)))]
+            if self._client.fileno() in ready:
+                try:
+                    left = not self._client.recv(1, socket.MSG_PEEK)
+                except OSError:
+                    left = True
+                if left:
+                    raise _ClientLeft
+                self._poll.unregister(self._client)  # its next request, which waits its turn
+            elif self._socket.fileno() in ready or not ready:
+                self.now = time.monotonic()
+                self._look = self.now + NEXT_CHUNK_SECONDS
+                return bool(ready)
 
     def close(self) -> None:
         """Leave; the engine sees it at once."""
@@ -5036,10 +5168,6 @@ class Meter:
         self._changed.set()
 
 
-class _ClientLeft(Exception):
-    """The client closed its connection."""
-
-
 class ProxyHandler(BaseHTTPRequestHandler):
     """The Anthropic API, as much of it as Claude Code uses; anything else is a 404 and goes nowhere."""
 
@@ -5169,7 +5297,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self._body = b""
         del request, translated, payload, data
         with self.server.meter.measuring(reply, is_main) as measured:
-            self._answer(streamed, measured.watching(self._batches(sent, reply)))
+            self._answer(streamed, measured.watching(self._batches(sent, reply, streamed)))
 
     def _answer(self, streamed: bool, batches: Iterator[list[Event]]) -> None:
         """Send a reply's events, as a stream or collected."""
@@ -5178,12 +5306,15 @@ class ProxyHandler(BaseHTTPRequestHandler):
         for events in batches:
             if not self._began:
                 self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
-            data = encode_events(events)
-            self.server.debug(3, lambda: f"to the client: {data.decode()}")  # noqa: B023  called at once
-            self.connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+            self._send_chunk(encode_events(events))
         self.connection.sendall(b"0\r\n\r\n")
 
-    def _batches(self, sent: list[Any], reply: Reply) -> Iterator[list[Event]]:
+    def _send_chunk(self, data: bytes) -> None:
+        if self.server.debug.level >= 3:
+            self.server.debug(3, f"to the client: {data.decode()}")
+        self.connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def _batches(self, sent: list[Any], reply: Reply, streamed: bool) -> Iterator[list[Event]]:
         """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: the payload as text and as bytes."""
         try:
             upstream = yield from self._connected(sent.pop(), reply)
@@ -5195,7 +5326,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         with contextlib.closing(upstream):
             estimate = estimate_tokens(sent.pop())  # while the engine works
             reply.prompt = self.server.tokens.corrected(estimate)
-            yield from self._relay(upstream, reply)
+            yield from self._relay(upstream, reply, streamed)
         if reply.counted:
             self.server.learn(estimate, reply.prompt)
 
@@ -5230,72 +5361,61 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 said = time.monotonic()
                 yield [*reply.start(), {"type": "ping"}]
 
-    def _relay(self, upstream: _Upstream, reply: Reply) -> Iterator[list[Event]]:
-        """The reply's events as the engine answers, one batch a read; a ping after silence. Raises ApiError as long as
-        nothing was yielded, and _ClientLeft."""
-        stream, begun, ended = EventStream(), reply.begun, False
-        heard = said = time.monotonic()
-        while not ended:
+    def _relay(self, upstream: _Upstream, reply: Reply, streamed: bool) -> Iterator[list[Event]]:
+        """The reply's events as the engine answers, one batch a read; a ping after silence. What needs no parsing is `streamed`
+        to the client from here. Raises ApiError as long as nothing was yielded, and _ClientLeft."""
+        stream, begun = ReplyStream(reply, self.server.target.window), reply.begun
+        share, stall = self.server.share, self.server.target.stall
+        streamed &= self.server.debug.level < 3  # which shows all events
+        heard = said = upstream.now
+        while not reply.ended:
             patience = PING_SECONDS if begun else FIRST_WORD_SECONDS
-            what = upstream.wait(max(0.0, said + patience - time.monotonic()))
-            events: list[Event] = []
-            if what == "gone":
-                raise _ClientLeft
-            if what == "data":
-                heard = time.monotonic()
-                if self.server.share:
-                    self.server.share.hear()
-                try:
-                    events, ended = self._read_events(upstream, reply, stream)
-                except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
-                    self.server.debug(1, traceback.format_exc)
-                    events, ended = reply.fail(ApiError(500, f"anyclaude: {error!r}")), True
-            elif reply.reason:  # it is whole, though the engine neither says so nor leaves
-                events, ended = reply.finish(done=True), True
-            elif time.monotonic() - heard > self.server.target.stall:
-                if self.server.share:
-                    self.server.share.restart(self.server.target.stall)
-                silent = f'the engine was silent for {self.server.target.stall:.0f} s ("stallTimeout")'
-                events, ended = reply.fail(ApiError(500 if begun else 529, silent)), True
-            if not events and time.monotonic() - said >= patience:
+            events, passed_on = [], b""
+            try:
+                data = upstream.read(said + patience - upstream.now)
+                if data is not None:
+                    heard = upstream.now
+                    if share:
+                        share.hear()
+                    passed_on = stream.pass_on(data) if streamed and not upstream.ended else b""
+                    events = [] if passed_on else self._events(upstream, stream, data)
+                elif reply.reason:  # it is whole, though the engine neither says so nor leaves
+                    events = reply.finish(done=True)
+                elif upstream.now - heard > stall:
+                    if share:
+                        share.restart(stall)
+                    raise _EngineLost(f'the engine was silent for {stall:.0f} s ("stallTimeout")')
+            except ApiError as error:
+                events = reply.fail(error)
+            except _EngineLost as error:
+                events = reply.fail(ApiError(500 if begun else 529, str(error)))  # with 529 the client tries again
+            except _ClientLeft:
+                raise
+            except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
+                self.server.debug(1, traceback.format_exc)
+                events = reply.fail(ApiError(500, f"anyclaude: {error!r}"))
+            if passed_on:
+                said = upstream.now
+                self._send_chunk(passed_on)
+                continue
+            if not events and upstream.now - said >= patience:
                 events = [*reply.start(), {"type": "ping"}]
             if events and not begun and events[0]["type"] == "error":
                 collect(events)  # raises it, as an HTTP status
             if events:
-                begun, said = True, time.monotonic()
+                begun, said = True, upstream.now
                 yield events
 
-    def _read_events(self, upstream: _Upstream, reply: Reply, stream: EventStream) -> tuple[list[Event], bool]:
-        """One read of the engine, all its lines translated -> (events, whether that was the end)."""
-        try:
-            data = upstream.read()
-        except (OSError, ValueError, IndexError) as error:
-            status = 500 if reply.begun else 529  # nothing was lost yet: the client tries again
-            return reply.fail(ApiError(status, f"the connection to the engine broke: {error!r}")), True
+    def _events(self, upstream: _Upstream, stream: ReplyStream, data: bytes) -> list[Event]:
+        """One read of the engine, all its lines translated. Raises ApiError."""
+        self.server.debug(3, lambda: f"from the engine: {data!r}")
         if upstream.ended and not upstream.status:
-            return reply.fail(ApiError(529, "the engine closed the connection without an answer")), True
-        if upstream.status not in (0, 200):
-            text = upstream.body.decode("utf-8", "replace")
-            return (
-                (reply.fail(engine_error(upstream.status, text, reply.prompt, self.server.target.window)), True)
-                if upstream.ended
-                else ([], False)
-            )
-        events: list[Event] = []
-        for payload in stream.feed(data + b"\n" * upstream.ended):  # the last line may lack its end
-            self.server.debug(3, payload)
-            if payload == "[DONE]":
-                return events + reply.finish(done=True), True
-            chunk = read_chunk(payload)
-            if chunk is None and payload.startswith("{") and not payload.endswith("}"):
-                break  # half a line: the stream ends here
-            if chunk is None:
-                return events + reply.fail(engine_error(500, payload, reply.prompt, self.server.target.window)), True
-            events += reply.feed(chunk)
-        if upstream.ended and not reply.begun and upstream.body.lstrip().startswith(b"{"):  # no stream, but an error
-            text = upstream.body.decode("utf-8", "replace")
-            return reply.fail(engine_error(500, text, reply.prompt, self.server.target.window)), True
-        return (events + reply.finish(done=False), True) if upstream.ended else (events, False)
+            raise ApiError(529, "the engine closed the connection without an answer")
+        if upstream.status not in (0, 200) or upstream.body.lstrip().startswith(b"{"):  # no stream, but an error
+            if not upstream.ended:
+                return []
+            raise stream.error(upstream.status, upstream.body.decode("utf-8", "replace"))
+        return stream.feed(data, upstream.ended)
 
     def _send_json(self, status: int, content: Json) -> None:
         self._send(status, to_json(content).encode("utf-8", "replace"))

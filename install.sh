@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=893f815078f4118e0a863fab0ab9499fd0b372bbc052f083baccf20482832849
+sha256=92666e3d85df299ec69c1f03b8c3b292c261d1b7e3e0959fea4d43531a56c89c
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -513,7 +514,7 @@ def test_what_is_no_beginning_of_the_file_is_begun_anew(hub: str) -> None:
     assert not list(Path(model.path).glob("*.part")) and read_model("org/Big").hub == ""
 
 
-@pytest.mark.parametrize("error", [OSError(113, "No route to host"), anyclaude.ssl.SSLError(1, "bad record mac")])
+@pytest.mark.parametrize("error", [OSError(113, "No route to host"), ssl.SSLError(1, "bad record mac")])
 def test_the_network_is_told_from_the_disk(hub: str, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     model, read = read_model("org/Big"), anyclaude.http.client.HTTPResponse.read
     failures = [error]

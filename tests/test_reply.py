@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 from fake_engine import chunk, says
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyclaude import ApiError, EventStream, Reply, ToolText, collect, encode_events, engine_error, read_chunk
+from anyclaude import (
+    ApiError,
+    EventStream,
+    Reply,
+    ReplyStream,
+    ToolText,
+    collect,
+    encode_events,
+    engine_error,
+    read_chunk,
+)
 
 TOOLS: dict[str, dict[str, Any]] = {"Bash": {"properties": {"command": {"type": "string"}}}, "Get": {}}
 BASH_CALL = '<tool_call>\n{"name": "Bash", "arguments": {"command": "ls"}}\n</tool_call>'
@@ -27,14 +37,9 @@ def new_reply(**options: Any) -> Reply:
 
 def play(lines: list[str], done: bool = True, reply: Reply | None = None) -> list[dict[str, Any]]:
     """The events of an engine's lines."""
-    reply, stream, events = reply or new_reply(), EventStream(), []
-    for payload in stream.feed("".join(lines).encode()):
-        found = read_chunk(payload)
-        if payload == "[DONE]":
-            return events + reply.finish(done=True)
-        assert found is not None
-        events += reply.feed(found)
-    return events + reply.finish(done=done)
+    reply = reply or new_reply()
+    events = ReplyStream(reply).feed("".join(lines).encode())
+    return events + reply.finish(done)
 
 
 def assert_legal(events: list[dict[str, Any]]) -> None:
@@ -514,11 +519,8 @@ RECORDED = (
 def test_a_recorded_stream_is_the_same_message_wherever_its_bytes_are_cut() -> None:
     data = RECORDED.encode()
     for cut in range(len(data)):
-        stream, reply = EventStream(), new_reply()
-        events = []
-        for payload in stream.feed(data[:cut]) + stream.feed(data[cut:]):
-            events += reply.finish(True) if payload == "[DONE]" else reply.feed(read_chunk(payload) or {})
-        message = collect(events)
+        stream = ReplyStream(new_reply())
+        message = collect(stream.feed(data[:cut]) + stream.feed(data[cut:]))
         assert [block.get("text") or block["input"] for block in message["content"]] == [
             "I look here.\n",
             {"command": "ls -1"},
@@ -563,3 +565,114 @@ def test_a_collected_message_says_what_the_stream_said(texts: list[str]) -> None
     events = play(says(*texts))
     said = "".join(event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta")
     assert "".join(block.get("text", "") for block in collect(events)["content"]) == said
+
+
+def events_in(data: bytes) -> list[dict[str, Any]]:
+    """What a client reads."""
+    return [json.loads(event.partition("\ndata: ")[2]) for event in data.decode().split("\n\n")[:-1]]
+
+
+def handed_on(reads: list[bytes], **options: Any) -> tuple[list[dict[str, Any]], int]:
+    """What the client gets of an engine's reads, and how many of them were not parsed."""
+    stream, sent, passed_on = ReplyStream(new_reply(**options)), b"", 0
+    for data in reads:
+        known = stream.pass_on(data)
+        sent, passed_on = sent + (known or encode_events(stream.feed(data))), passed_on + bool(known)
+    return events_in(sent + encode_events(stream.feed(b"", last=True))), passed_on
+
+
+# How engines write a text: mistral.rs, vLLM, llama.cpp (with the time of each chunk), reasoning; and chunks in which
+# something else equals the text, or that say more than it.
+SHAPES = [
+    '{"id":"1","choices":[{"finish_reason":null,"index":0,"delta":{"content":TEXT,"role":"assistant"},"logprobs":null}]}',
+    '{"choices": [{"index": 0, "delta": {"content": TEXT}, "finish_reason": null}], "usage": null}',
+    '{"choices": [{"delta": {"content": TEXT}}], "created": NUMBER}',
+    '{"choices": [{"delta": {"reasoning_content": TEXT, "content": null}}]}',
+    '{"choices": [{"delta": {"content": [{"type": "text", "text": TEXT}]}}]}',
+    '{"model": "a", "choices": [{"delta": {"content": TEXT, "role": "a"}}], "id": "b"}',
+    '{"id": TEXT, "choices": [{"delta": {"content": "\\u0061"}}]}',
+    '{"choices": [{"delta": {"content": TEXT}}], "usage": {"completion_tokens": 7}}',
+    '{"choices": [{"delta": {"content": TEXT}, "finish_reason": "length"}]}',
+    '{"choices": [{"delta": {"content": TEXT, "tool_calls": [{"index": 0, "function": {"arguments": "{"}}]}}]}',
+]
+
+
+def line(shape: int, text: str, number: int = 0, escaped: bool = False) -> bytes:
+    """A chunk as an engine writes it. U+FFFD is a byte that is no text."""
+    payload = SHAPES[shape].replace("TEXT", json.dumps(text, ensure_ascii=escaped)).replace("NUMBER", str(number // 3))
+    return f"data: {payload}\n\n".encode().replace("\ufffd".encode(), b"\xff")
+
+
+words = st.one_of(
+    st.sampled_from(["a", "b", " the", "中文", "é", "`", "a\ufffd"]),
+    st.sampled_from(
+        [
+            "?",
+            "\n",
+            "<",
+            "<to",
+            "[",
+            '"',
+            "\\",
+            BASH_CALL,
+            BASH_CALL[:40],
+            BASH_CALL[40:],
+            "<think>",
+            "</think>",
+            "<|channel|>analysis<|message|>",
+        ]
+    ),
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(0, len(SHAPES) - 1),
+    st.lists(st.tuples(st.sampled_from([-1] * 20 + [*range(len(SHAPES))]), words), max_size=30),
+    st.sampled_from([{}, {}, {"stops": ("ab",)}, {"one_call": True}]),
+    st.booleans(),
+    st.sampled_from([0, 6, 40, 400]),
+)
+def test_a_chunk_that_is_not_parsed_says_what_it_says_parsed(
+    usual: int, said: list[tuple[int, str]], options: dict[str, Any], escaped: bool, cut: int
+) -> None:
+    lines = [line(usual if shape < 0 else shape, text, number, escaped) for number, (shape, text) in enumerate(said)]
+    reads = [piece for whole in lines for piece in (whole[:cut], whole[cut:]) if piece]
+    stream, parsed = ReplyStream(new_reply(**options)), b""
+    for data in reads:
+        parsed += encode_events(stream.feed(data))
+    assert handed_on(reads, **options)[0] == events_in(parsed + encode_events(stream.feed(b"", last=True)))
+
+
+def test_half_a_line_before_a_known_chunk_is_not_lost() -> None:
+    events, passed_on = handed_on([line(0, "a"), line(0, "b"), b"data: ", line(0, "c")])
+    assert passed_on == 1 and events[-1]["type"] == "error"  # that line is no JSON
+
+
+@pytest.mark.parametrize(("inside", "said"), [(b'b", "x": "', "b"), (b"b\t", None), (b"b\\t", "b\t")])
+def test_what_is_no_single_plain_text_is_parsed(inside: bytes, said: str | None) -> None:
+    """A field more, a character that JSON does not have, an escape."""
+    events, passed_on = handed_on([line(1, "a"), line(1, "z").replace(b"z", inside)])
+    assert passed_on == 0
+    delta = {"type": "text_delta", "text": said}
+    assert ({"type": "content_block_delta", "index": 0, "delta": delta} in events) == (said is not None)
+
+
+def test_text_behind_the_only_call_that_is_allowed_stays_unsaid() -> None:
+    pieces = ["I", " look", BASH_CALL, "And", " so", BASH_CALL, "Not", " shown"]
+    events, passed_on = handed_on([line(0, piece) for piece in pieces], one_call=True)
+    assert passed_on == 2 and "Not" not in str(events) and "shown" not in str(events)
+
+
+@pytest.mark.parametrize("shape", range(5))
+def test_plain_text_is_handed_on_without_parsing_it(shape: int) -> None:
+    texts = ["I", " look", " é", "中文", " at", "\n", " it", ".", " And", " so", " on", "  "]
+    events, passed_on = handed_on([line(shape, text) for text in texts])
+    assert passed_on == len(texts) - 2  # not the first, nor the line end
+    shown = [delta.get("text") or delta.get("thinking") for delta in (event.get("delta", {}) for event in events)]
+    assert "".join(filter(None, shown)) == "".join(texts)
+
+
+@pytest.mark.parametrize("shape", range(5, 10))
+def test_a_chunk_that_says_more_than_its_text_or_says_it_twice_is_parsed(shape: int) -> None:
+    assert handed_on([line(shape, text) for text in ("a", "b", "a", "c")])[1] == 0

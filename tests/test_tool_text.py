@@ -16,9 +16,21 @@ from anyclaude import LEAKS, TOOL_FORMATS, JsonRepair, ToolText, write_calls
 
 
 def parse(pieces: list[str], natural: bool = True) -> list[tuple[str, str]]:
-    """The events of a reply, neighbouring ones of a kind put together."""
-    parser, found = ToolText(TOOLS), []
-    for event in [event for piece in pieces for event in parser.feed(piece)] + parser.end(natural):
+    """The events of a reply, neighbouring ones of a kind put together; the same, whatever needs no `feed`."""
+    fed, passed_on = ToolText(TOOLS), ToolText(TOOLS)
+    events = [event for piece in pieces for event in fed.feed(piece)] + fed.end(natural)
+    others = [
+        event
+        for piece in pieces
+        for event in ([("text", piece)] if passed_on.pass_on(piece) else passed_on.feed(piece))
+    ]
+    assert merged(events) == merged(others + passed_on.end(natural))
+    return merged(events)
+
+
+def merged(events: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for event in events:
         if found and found[-1][0] == event[0] and event[0] != "call":
             found[-1] = (event[0], found[-1][1] + event[1])
         else:
