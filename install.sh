@@ -115,6 +115,24 @@ download() {
             "fetch install.sh again, and run that"
 }
 
+# The program in the temporary file becomes what Python runs without compiling it at each start, which would cost 0.1 s and,
+# for as long as it runs, 20 MB: a zip of it and of what it compiles to. Another Python takes the program itself.
+pack() {
+    ensure "could not make a program of $1" "get another anyclaude.py, or free some space: df -h /tmp $(quoted "$folder")" \
+        "$python" -I -c '
+import os, py_compile, sys, tempfile, zipfile
+file, interpreter = sys.argv[1:]
+with tempfile.TemporaryDirectory() as folder:
+    compiled, unchecked = os.path.join(folder, "compiled"), py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(file, compiled, "anyclaude.py", doraise=True, invalidation_mode=unchecked)
+    parts = {"anyclaude.py": open(file, "rb").read(), "anyclaude.pyc": open(compiled, "rb").read()}
+with open(file, "wb") as out:
+    out.write(b"#!" + os.fsencode(interpreter) + b"\n# anyclaude: Claude Code on your own model\n")
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in {**parts, "__main__.py": "import anyclaude\n\nanyclaude.entry()\n"}.items():
+            archive.writestr(name, data)' "$temporary" "$interpreter"
+}
+
 # In a subshell, as ensure runs it.
 new_file() { set -C && umask 077 && : >"$1"; }
 
@@ -139,13 +157,11 @@ install() {
     else
         download "$temporary"
     fi
+    interpreter=$python # where python3 is another, or none
+    [ "$python" != "$(theirs python3)" ] || interpreter="/usr/bin/env python3"
+    pack "$source"
     ensure "$source does not run with $python" "get another anyclaude.py" "$python" -I "$temporary" --version
     installed=$said
-    # It names python3 as its interpreter. Where that is another, or none, it has to name this one.
-    [ "$python" = "$(theirs python3)" ] || ensure "cannot write to $folder" "$elsewhere" "$python" -I -c '
-import os, pathlib, sys
-file, python = pathlib.Path(sys.argv[1]), os.fsencode(sys.argv[2])
-file.write_bytes(b"#!" + python + b"\n" + file.read_bytes().partition(b"\n")[2])' "$temporary" "$python"
     ensure "cannot write to $folder" "$elsewhere" chmod 755 "$temporary"
     ensure "cannot write to $folder" "$elsewhere" mv -f "$temporary" "$target"
     say "installed $installed: $target"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +30,13 @@ TOOLS = ("cat", "chmod", "cp", "grep", "head", "mkdir", "mv", "rm", "rmdir", "se
 OTHER_PLACES = ("/opt/homebrew/bin/$name", "/usr/local/bin/$name", "/usr/bin/$name")
 # A program that is quicker than the real one, and what the script is like that was made for it.
 VERSION = f"anyclaude {anyclaude.__version__}"
-SMALL = f'#!/usr/bin/env python3\n"""Claude Code on your own model, small."""\nprint("{VERSION}")\n'.encode()
+SMALL = f'''#!/usr/bin/env python3
+"""Claude Code on your own model, small."""
+def entry():
+    print("{VERSION}")
+if __name__ == "__main__":
+    entry()
+'''.encode()
 FOR_SMALL = re.sub("(?m)^sha256=.*", f"sha256={hashlib.sha256(SMALL).hexdigest()}", SCRIPT)
 
 
@@ -94,6 +102,12 @@ def install(
         check=False,
         start_new_session=True,
     )
+
+
+def packed(file: Path) -> bytes:
+    """The program in an installed file."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.read("anyclaude.py")
 
 
 def checkout(folder: Path, program: bytes = SMALL) -> Path:
@@ -191,7 +205,7 @@ def test_it_installs_the_program_and_says_how_to_run_it(box: Sandbox, site: str,
     assert f"installed {VERSION}: {target(box)}\n" in said
     assert said.endswith(f"anyclaude: Try it: {target(box)} --demo\nanyclaude: Then: {target(box)}\n")
     program = PROGRAM.read_bytes() if way == "piped" else SMALL
-    assert target(box).read_bytes() == program and target(box).stat().st_mode & 0o777 == 0o755
+    assert packed(target(box)) == program and target(box).stat().st_mode & 0o777 == 0o755
     assert [path.name for path in target(box).parent.iterdir()] == ["anyclaude"]
 
 
@@ -199,21 +213,21 @@ def test_a_pipe_does_not_take_what_lies_in_the_working_directory(box: Sandbox, s
     (box.work / "anyclaude.py").write_text("not this")
     (box.work / "install.sh").touch()
     succeeds(install(box, shell=shell))
-    assert target(box).read_bytes() == SMALL
+    assert packed(target(box)) == SMALL
 
 
 @pytest.mark.parametrize("tools", [("curl",), ("wget",), ()], ids=["curl", "wget", "neither"])
 def test_one_of_curl_and_wget_and_python_is_enough(box: Sandbox, tools: tuple[str, ...]) -> None:
     only(box, "python3", *tools)
     succeeds(install(box))
-    assert target(box).read_bytes() == SMALL
+    assert packed(target(box)) == SMALL
 
 
 def test_the_wget_of_busybox_is_no_hindrance(box: Sandbox) -> None:
     only(box, "python3", "busybox")
     (box.bin / "wget").symlink_to(box.bin / "busybox")
     succeeds(install(box))
-    assert target(box).read_bytes() == SMALL
+    assert packed(target(box)) == SMALL
 
 
 @pytest.mark.parametrize("tools", [("curl",), ("wget",), ()], ids=["curl", "wget", "neither"])
@@ -265,14 +279,32 @@ def test_an_older_one_is_replaced_and_not_written_through(box: Sandbox, before: 
     elsewhere.write_bytes(before or SMALL + b"#")
     (os.link if before else os.symlink)(elsewhere, target(box))
     succeeds(install(box))
-    assert target(box).read_bytes() == SMALL and not target(box).is_symlink()
+    assert packed(target(box)) == SMALL and not target(box).is_symlink()
     assert elsewhere.read_bytes() == (before or SMALL + b"#")
 
 
-def test_a_program_that_does_not_run_is_not_installed(box: Sandbox) -> None:
+@pytest.mark.parametrize(("program", "words"), [(b"def (", "SyntaxError"), (b"import nothing", "No module named")])
+def test_a_program_that_does_not_run_is_not_installed(box: Sandbox, program: bytes, words: str) -> None:
     del box.env["ANYCLAUDE_URL"]
-    said = fails(install(box, script=checkout(box.work / "broken", b"def (")))
-    assert "SyntaxError" in said and not tree(box.home)
+    said = fails(install(box, script=checkout(box.work / "broken", program)))
+    assert words in said and not tree(box.home)
+
+
+def test_what_is_installed_is_not_compiled_at_each_start(box: Sandbox) -> None:
+    """By the Python that it was installed with; another takes the source."""
+    del box.env["ANYCLAUDE_URL"]
+    marker = b"import sys\nWHERE = (lambda: 0).__code__.co_filename, __file__\n"
+    program = SMALL.replace(b"def entry", marker + b"def entry").replace(b"print(", b"print(*WHERE, ")
+    succeeds(install(box, script=checkout(box.work / "own", program)))
+    command = [sys.executable, str(target(box))]
+    assert subprocess.check_output(command, text=True) == f"anyclaude.py {target(box)}/anyclaude.pyc {VERSION}\n"
+    data = target(box).read_bytes()
+    magic = importlib.util.MAGIC_NUMBER
+    assert data.count(magic) == 1
+    target(box).write_bytes(data.replace(magic, b"\0\0\r\n"))  # as another Python sees it
+    command[1:1] = ["-W", "ignore"]
+    assert f"{target(box)}/anyclaude.py {VERSION}" in subprocess.check_output(command, text=True)
+    assert [path.name for path in target(box).parent.iterdir()] == ["anyclaude"]
 
 
 # --- Where it goes ---
@@ -284,7 +316,7 @@ def test_the_folder_is_made(box: Sandbox, prefix: str) -> None:
     box.env[prefix] = f"{folder}/"
     said = succeeds(install(box))
     installed = folder / ("bin" if prefix == "PREFIX" else ".local/bin") / "anyclaude"
-    assert installed.read_bytes() == SMALL and f"'{installed}' --demo" in said.replace("//", "/")
+    assert packed(installed) == SMALL and f"'{installed}' --demo" in said.replace("//", "/")
 
 
 def test_a_place_that_cannot_be_is_said(box: Sandbox, shell: list[str]) -> None:
@@ -366,7 +398,7 @@ def test_a_python_of_another_name_is_written_into_the_file(box: Sandbox, where: 
     python = (box.bin if where == "beside an old python3" else box.work) / "python3.13"
     fake(python.parent, python.name, f'exec {sys.executable} "$@"')
     succeeds(install(box, script=other_places(box.work)))
-    assert target(box).read_bytes() == SMALL.replace(b"/usr/bin/env python3", os.fsencode(python))
+    assert target(box).read_bytes().startswith(b"#!" + os.fsencode(python) + b"\n")
     if sys.platform == "linux":  # elsewhere, an interpreter cannot be a script
         assert subprocess.run([target(box)], env=box.env, capture_output=True, check=True).stdout
 
@@ -466,9 +498,10 @@ def test_a_python_that_is_gone_does_not_keep_it(installed: Sandbox) -> None:
 
 @pytest.mark.slow
 def test_with_a_session_open_it_stays(installed: Sandbox, stand_in: Path, tiny_model: Path) -> None:
-    target(installed).write_bytes(PROGRAM.read_bytes())
+    del installed.env["ANYCLAUDE_URL"]
+    succeeds(install(installed, script=ROOT / "install.sh"))
     installed.settings({"backends": {"mlx": {"modelPath": str(tiny_model), "port": 0}}})
-    session = installed.start("--proxy-only", env={"ANYCLAUDE_KEEP_ALIVE": "600"})
+    session = installed.start("--proxy-only", program=target(installed), env={"ANYCLAUDE_KEEP_ALIVE": "600"})
     ready(session)
     done = install(installed, "--uninstall")
     assert done.returncode == 1 and "sessions are open" in done.stderr and target(installed).exists()
