@@ -4728,7 +4728,8 @@ def _continues(delta: Json, function: Json, call: Json) -> bool:
     return not (function.get("name") and call.get("name"))  # nothing tells it but that it has no name again
 
 
-_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}
+_is_plain = re.compile(r'[^"\\\x00-\x1f]+').fullmatch  # stands for itself in a JSON string
+_DELTAS = {"text": '{"type": "text_delta", "text": "', "thinking": '{"type": "thinking_delta", "thinking": "'}
 
 
 def _lone_text(payload: str) -> TextEvent | None:
@@ -4750,24 +4751,26 @@ class ReplyStream:
 
     def __init__(self, reply: Reply, window: int = 0) -> None:
         self._reply, self._window, self._lines = reply, window, EventStream()
-        self._kind, self._known = "", re.compile(b"(?!)").fullmatch  # the chunk that is known, its text as group 1
+        self._kind, self._before, self._behind = (
+            "",
+            b"no chunk",
+            b"",
+        )  # the chunk that is known: what is around its text
         self._tries = 4  # to know one; some engines may write them all differently
 
     def pass_on(self, data: bytes) -> bytes:
         """More bytes, if they are a chunk that is known -> its event, encoded; otherwise b"", and they must be fed."""
-        found = self._known(data)
-        if not found or self._lines.pending:
+        if not data.startswith(self._before) or not data.endswith(self._behind) or self._lines.pending:
             return b""
-        text = found[1].decode("utf-8", "replace")
+        text = data[len(self._before) : -len(self._behind)].decode("utf-8", "replace")
+        if not _is_plain(text):
+            return b""
         index = self._reply.pass_on(self._kind, text)
         if index < 0:
             return b""
         self._tries = 4
-        delta, key = _DELTAS[self._kind]
-        return (
-            f'event: content_block_delta\ndata: {{"type": "content_block_delta", "index": {index}, '
-            f'"delta": {{"type": "{delta}", "{key}": "{text}"}}}}\n\n'
-        ).encode()
+        event = f'{{"type": "content_block_delta", "index": {index}, "delta": {_DELTAS[self._kind]}{text}"}}}}'
+        return f"event: content_block_delta\ndata: {event}\n\n".encode()
 
     def feed(self, data: bytes, last: bool = False) -> list[Event]:
         """More bytes -> their events. `last`: nothing follows."""
@@ -4797,9 +4800,7 @@ class ReplyStream:
             self._tries -= 1
             other = EventStream().feed(to_json(text + "?").encode("utf-8", "replace").join(parts))
             if [_lone_text(one) for one in other] == [(kind, text + "?")]:
-                before, behind = map(re.escape, parts)
-                plain = rb'"([^"\\\x00-\x1f]+)"'  # a text that stands for itself in a JSON string
-                self._kind, self._known = kind, re.compile(before + plain + behind).fullmatch
+                self._kind, self._before, self._behind = kind, parts[0] + b'"', b'"' + parts[1]
 
 
 def encode_events(events: Iterable[Event]) -> bytes:

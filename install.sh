@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=92666e3d85df299ec69c1f03b8c3b292c261d1b7e3e0959fea4d43531a56c89c
+sha256=6d43a7a5a3b28076a88473ce296a3ec5280499b400d040f865f03ee7269314be
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
