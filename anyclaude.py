@@ -4798,8 +4798,8 @@ class ReplyStream:
         parts = data.split(to_json(text).encode("utf-8", "replace"))
         if kind and len(parts) == 2:
             self._tries -= 1
-            other = EventStream().feed(to_json(text + "?").encode("utf-8", "replace").join(parts))
-            if [_lone_text(one) for one in other] == [(kind, text + "?")]:
+            lines, other = EventStream(), to_json(text + "?").encode("utf-8", "replace")
+            if [_lone_text(one) for one in lines.feed(other.join(parts))] == [(kind, text + "?")] and not lines.pending:
                 self._kind, self._before, self._behind = kind, parts[0] + b'"', b'"' + parts[1]
 
 
@@ -4971,11 +4971,12 @@ class _Upstream:
         if not self.status:
             self._head += data
             head, found, data = self._head.partition(b"\r\n\r\n")
-            status = int(head.split(None, 2)[1]) if found else 0
-            if status < 200:  # not whole yet, or only an interim answer
-                self._head = data if found else self._head
+            while found and int(head.split(None, 2)[1]) < 200:  # only an interim answer
+                head, found, data = data.partition(b"\r\n\r\n")
+            if not found:
+                self._head = head
                 return b""
-            self.status = status
+            self.status = int(head.split(None, 2)[1])
             self._is_chunked = bool(re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head))
             length = re.search(rb"(?i)\ncontent-length: *(\d+)", head)
             self._left = int(length[1]) if length and not self._is_chunked else -1

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Installs anyclaude as ~/.local/bin/anyclaude, or removes it. Beside anyclaude.py (a checkout) it copies that; piped
+# Installs anyclaude as ~/.local/bin/anyclaude, or removes it. Beside anyclaude.py (a checkout) it takes that; piped
 # into a shell it downloads the one it was made for. All is in functions, so that half a download of it runs nothing.
 # shellcheck disable=SC2030,SC2031 # the PATH of theirs() is meant to be another
 set -u
 
 version=0.1.0
-sha256=6d43a7a5a3b28076a88473ce296a3ec5280499b400d040f865f03ee7269314be
+sha256=ec75f53908f6097f93989956efd13ba444fa8d7ade68a1c9eafc0877bbef52d4
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
@@ -116,21 +116,24 @@ download() {
 }
 
 # The program in the temporary file becomes what Python runs without compiling it at each start, which would cost 0.1 s and,
-# for as long as it runs, 20 MB: a zip of it and of what it compiles to. Another Python takes the program itself.
+# for as long as it runs, 20 MB: a zip of it and of what it compiles to. Another Python than this takes the program itself.
 pack() {
-    ensure "could not make a program of $1" "get another anyclaude.py, or free some space: df -h /tmp $(quoted "$folder")" \
+    ensure "could not make a program of $1" "get another anyclaude.py, or free some space: df -h $(quoted "$folder")" \
         "$python" -I -c '
-import os, py_compile, sys, tempfile, zipfile
+import marshal, os, sys, zipfile
+from importlib.util import MAGIC_NUMBER, source_hash
 file, interpreter = sys.argv[1:]
-with tempfile.TemporaryDirectory() as folder:
-    compiled, unchecked = os.path.join(folder, "compiled"), py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(file, compiled, "anyclaude.py", doraise=True, invalidation_mode=unchecked)
-    parts = {"anyclaude.py": open(file, "rb").read(), "anyclaude.pyc": open(compiled, "rb").read()}
+with open(file, "rb") as source:
+    program = source.read()
+code = marshal.dumps(compile(program, "anyclaude.py", "exec", dont_inherit=True))
+compiled = MAGIC_NUMBER + b"\1\0\0\0" + source_hash(program) + code  # 1: not compared with the source
+parts = {"anyclaude.py": program, "anyclaude.pyc": compiled, "__main__.py": "import anyclaude\n\nanyclaude.entry()\n"}
 with open(file, "wb") as out:
     out.write(b"#!" + os.fsencode(interpreter) + b"\n# anyclaude: Claude Code on your own model\n")
     with zipfile.ZipFile(out, "w") as archive:
-        for name, data in {**parts, "__main__.py": "import anyclaude\n\nanyclaude.entry()\n"}.items():
-            archive.writestr(name, data)' "$temporary" "$interpreter"
+        for name, data in parts.items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # with no time in it: a clock may stand before 1980' \
+        "$temporary" "$interpreter"
 }
 
 # In a subshell, as ensure runs it.

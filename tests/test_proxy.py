@@ -393,12 +393,14 @@ def test_odd_requests_are_answered_or_refused_but_never_break_anything(key: str)
         assert ask(proxy, body={**REQUEST, "messages": [{"role": "user", "content": [block]}]})[0] == 200
 
 
-def test_an_interim_answer_and_a_last_line_without_its_end_are_read() -> None:
+@pytest.mark.parametrize("size", [1, 30, 1000])
+def test_an_interim_answer_and_a_last_line_without_its_end_are_read(size: int) -> None:
     def serve(connection: socket.socket) -> None:
         connection.recv(65536)
         head = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-        for byte in head + chunk("a").encode() + b"data: Engine died":
-            connection.sendall(bytes([byte]))
+        answer = head + chunk("a").encode() + b"data: Engine died"
+        for at in range(0, len(answer), size):
+            connection.sendall(answer[at : at + size])
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(65536):
             pass  # what is unread when it closes would cut the answer off

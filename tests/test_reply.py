@@ -631,13 +631,17 @@ words = st.one_of(
     st.lists(st.tuples(st.sampled_from([-1] * 20 + [*range(len(SHAPES))]), words), max_size=30),
     st.sampled_from([{}, {}, {"stops": ("ab",)}, {"one_call": True}]),
     st.booleans(),
-    st.sampled_from([0, 6, 40, 400]),
+    st.sampled_from([0, 0, 0, 1, 6, 40]),
+    st.booleans(),
 )
 def test_a_chunk_that_is_not_parsed_says_what_it_says_parsed(
-    usual: int, said: list[tuple[int, str]], options: dict[str, Any], escaped: bool, cut: int
+    usual: int, said: list[tuple[int, str]], options: dict[str, Any], escaped: bool, cut: int, both: bool
 ) -> None:
+    """`cut`: how far behind a chunk's end its read ends; `both`: there, too, ends one."""
     lines = [line(usual if shape < 0 else shape, text, number, escaped) for number, (shape, text) in enumerate(said)]
-    reads = [piece for whole in lines for piece in (whole[:cut], whole[cut:]) if piece]
+    data, ends = b"".join(lines), [0, *itertools.accumulate(map(len, lines))]
+    marks = sorted({min(end + cut, len(data)) for end in ends if end} | {0, *(ends if both else ())} | {len(data)})
+    reads = [data[begin:end] for begin, end in zip(marks, marks[1:])]
     stream, parsed = ReplyStream(new_reply(**options)), b""
     for data in reads:
         parsed += encode_events(stream.feed(data))
@@ -656,6 +660,12 @@ def test_what_is_no_single_plain_text_is_parsed(inside: bytes, said: str | None)
     assert passed_on == 0
     delta = {"type": "text_delta", "text": said}
     assert ({"type": "content_block_delta", "index": 0, "delta": delta} in events) == (said is not None)
+
+
+def test_a_line_that_begins_in_the_read_of_a_chunk_is_not_lost() -> None:
+    a, b, c, d, e = (line(0, text) for text in "abcde")
+    events, _ = handed_on([a + b"data: ", b[6:], c + b"data: ", d[6:], e])
+    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == list("abcde")
 
 
 def test_text_behind_the_only_call_that_is_allowed_stays_unsaid() -> None:
