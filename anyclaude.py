@@ -4574,7 +4574,9 @@ class Reply:
     def pass_on(self, kind: str, text: str) -> int:
         """Take a text ("text" or "thinking") that only makes the open block longer -> the block's number; -1 if it may do
         more, and must be fed."""
-        if kind != self._block or self._stops or self._muted or (kind == "text" and not self._text.pass_on(text)):
+        if kind != self._block or self._stops or self._muted or self.ended:
+            return -1
+        if kind == "text" and not self._text.pass_on(text):
             return -1
         self._output += 1
         return self._index
@@ -4728,8 +4730,13 @@ def _continues(delta: Json, function: Json, call: Json) -> bool:
     return not (function.get("name") and call.get("name"))  # nothing tells it but that it has no name again
 
 
-_is_plain = re.compile(r'[^"\\\x00-\x1f]+').fullmatch  # stands for itself in a JSON string
-_DELTAS = {"text": '{"type": "text_delta", "text": "', "thinking": '{"type": "thinking_delta", "thinking": "'}
+_is_plain = re.compile(r"[^\\\x00-\x1f]+").fullmatch  # stands for itself in a JSON string, if no quote is in it
+_DELTA = 'event: content_block_delta\ndata: {"type": "content_block_delta", "index": '
+_DELTAS = {
+    "text": ', "delta": {"type": "text_delta", "text": "',
+    "thinking": ', "delta": {"type": "thinking_delta", "thinking": "',
+}
+_DELTA_END = '"}}\n\n'
 
 
 def _lone_text(payload: str) -> TextEvent | None:
@@ -4745,32 +4752,36 @@ def _lone_text(payload: str) -> TextEvent | None:
 class ReplyStream:
     """The engine's answer, bytes cut anywhere -> the events of `reply`. `window`: in tokens, for an error's words.
 
-    Nearly every read is one chunk that differs from one before in its text alone. It is known by the bytes around that, and
-    its event is made without parsing it (`pass_on`): at 200 chunks a second, each finds cold caches, and parsing it would
-    take longer than all the rest."""
+    Nearly every chunk differs from one before in its text alone. It is known by the bytes around that, and its event is made
+    without parsing it (`pass_on`): at 200 chunks a second, each finds cold caches, and parsing it would take longer than all
+    the rest."""
 
     def __init__(self, reply: Reply, window: int = 0) -> None:
         self._reply, self._window, self._lines = reply, window, EventStream()
-        self._kind, self._before, self._behind = (
-            "",
-            b"no chunk",
-            b"",
-        )  # the chunk that is known: what is around its text
+        self._kind = ""  # of the text in the chunk that is known
+        self._before, self._behind = b"no chunk", b""  # what stands around it
         self._tries = 4  # to know one; some engines may write them all differently
 
-    def pass_on(self, data: bytes) -> bytes:
-        """More bytes, if they are a chunk that is known -> its event, encoded; otherwise b"", and they must be fed."""
-        if not data.startswith(self._before) or not data.endswith(self._behind) or self._lines.pending:
-            return b""
-        text = data[len(self._before) : -len(self._behind)].decode("utf-8", "replace")
-        if not _is_plain(text):
-            return b""
-        index = self._reply.pass_on(self._kind, text)
-        if index < 0:
-            return b""
-        self._tries = 4
-        event = f'{{"type": "content_block_delta", "index": {index}, "delta": {_DELTAS[self._kind]}{text}"}}}}'
-        return f"event: content_block_delta\ndata: {event}\n\n".encode()
+    def pass_on(self, data: bytes) -> tuple[bytes, bytes]:
+        """More bytes -> the events of the known chunks with which they begin, encoded; and the rest, which must be fed."""
+        events, at = "", 0
+        if self._lines.pending:
+            at = data.find(b"\n\n") + 2
+            if at < 2 or not self._reply.begun:
+                return b"", data
+            events = encode_events(self.feed(data[:at])).decode()
+        while data.startswith(self._before, at):
+            begin = at + len(self._before)
+            end = data.find(b'"', begin)
+            text = data[begin:end].decode("utf-8", "replace")
+            if end < 0 or not data.startswith(self._behind, end) or not _is_plain(text):
+                break
+            index = self._reply.pass_on(self._kind, text)
+            if index < 0:
+                break
+            events += f"{_DELTA}{index}{_DELTAS[self._kind]}{text}{_DELTA_END}"
+            at, self._tries = end + len(self._behind), 4
+        return events.encode(), data[at:]
 
     def feed(self, data: bytes, last: bool = False) -> list[Event]:
         """More bytes -> their events. `last`: nothing follows."""
@@ -4784,8 +4795,9 @@ class ReplyStream:
             if chunk is None:
                 return events + self._reply.fail(self.error(500, payload))
             events += self._reply.finish(done=True) if payload == "[DONE]" else self._reply.feed(chunk)
-        if len(payloads) == 1 and self._tries:
-            self._know(data, payloads[0])
+        if payloads and self._tries:
+            end = data.rfind(b"\n\n") + 2 if self._lines.pending else len(data)
+            self._know(data[data.rfind(b"\ndata:", 0, end) + 1 : end], payloads[-1])
         return events + (self._reply.finish(done=False) if last else [])
 
     def error(self, status: int, text: str) -> ApiError:
@@ -4793,7 +4805,7 @@ class ReplyStream:
         return engine_error(status, text, self._reply.prompt, self._window)
 
     def _know(self, data: bytes, payload: str) -> None:
-        """Know chunks like this one, if all that it has is a text."""
+        """Know chunks like this one (`data`, with its `payload`), if all that it has is a text."""
         kind, text = _lone_text(payload) or ("", "")
         parts = data.split(to_json(text).encode("utf-8", "replace"))
         if kind and len(parts) == 2:
@@ -5379,8 +5391,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
                     heard = upstream.now
                     if share:
                         share.hear()
-                    passed_on = stream.pass_on(data) if streamed and not upstream.ended else b""
-                    events = [] if passed_on else self._events(upstream, stream, data)
+                    passed_on, data = stream.pass_on(data) if streamed else (b"", data)
+                    if data or upstream.ended or not passed_on:
+                        events = self._events(upstream, stream, data)
                 elif reply.reason:  # it is whole, though the engine neither says so nor leaves
                     events = reply.finish(done=True)
                 elif upstream.now - heard > stall:
@@ -5399,7 +5412,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if passed_on:
                 said = upstream.now
                 self._send_chunk(passed_on)
-                continue
             if not events and upstream.now - said >= patience:
                 events = [*reply.start(), {"type": "ping"}]
             if events and not begun and events[0]["type"] == "error":

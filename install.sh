@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=ec75f53908f6097f93989956efd13ba444fa8d7ade68a1c9eafc0877bbef52d4
+sha256=c7959154deca9433a6abe35672528f8c17a49fd3db44da3a48de0fa476d455db
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
