@@ -3874,11 +3874,6 @@ def _finder(words: tuple[str, ...], at_the_end: bool = False) -> re.Pattern[str]
     return re.compile(f"({whole})" if at_the_end else rf"({whole})|(?:{begun})\Z")
 
 
-def _without(characters: str) -> Callable[[str], Any]:
-    """Tells a text, not empty, in which none of `characters` is."""
-    return re.compile("[^" + "".join(map(re.escape, sorted(characters))) + "]+").fullmatch
-
-
 def _fence_behind(fence: str, line: str) -> str:
     """The fence of the code block that is open behind `line`, if `fence` was open in front of it."""
     if fence:
@@ -3947,7 +3942,8 @@ class ToolText:
         self._shown: set[str] = set()  # closers of thinking whose opener was shown as text
         self._events: list[TextEvent] = []
         self._is_free = False  # it waits for one of `_stops` in text, and holds nothing back
-        self._is_harmless = _without("".join({stop[0] for stop in self._stops}))
+        begins = "".join(sorted({re.escape(stop[0]) for stop in self._stops}))
+        self._is_harmless = re.compile(f"[^{begins}]+").fullmatch  # nothing in it begins a stop
         self._parser = self._run()
         next(self._parser)
 

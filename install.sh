@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=c7959154deca9433a6abe35672528f8c17a49fd3db44da3a48de0fa476d455db
+sha256=57b1064d4c06a854f5b5e4ff3f29a0b8b2cd1a53d3b096105b86d1980cb896f7
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -603,26 +603,10 @@ def line(shape: int, text: str, number: int = 0, escaped: bool = False) -> bytes
     return f"data: {payload}\n\n".encode().replace("\ufffd".encode(), b"\xff")
 
 
-words = st.one_of(
-    st.sampled_from(["a", "b", " the", "中文", "é", "`", "a\ufffd"]),
-    st.sampled_from(
-        [
-            "?",
-            "\n",
-            "<",
-            "<to",
-            "[",
-            '"',
-            "\\",
-            BASH_CALL,
-            BASH_CALL[:40],
-            BASH_CALL[40:],
-            "<think>",
-            "</think>",
-            "<|channel|>analysis<|message|>",
-        ]
-    ),
-)
+PLAIN = ["a", "b", " the", "中文", "é", "`", "a\ufffd"]
+CALL_PARTS = [BASH_CALL, BASH_CALL[:40], BASH_CALL[40:]]
+MARKUP = [*'?\n<["\\', "<to", *CALL_PARTS, "<think>", "</think>", "<|channel|>analysis<|message|>"]
+words = st.one_of(st.sampled_from(PLAIN), st.sampled_from(MARKUP))
 
 
 @pytest.mark.slow
@@ -644,8 +628,8 @@ def test_a_chunk_that_is_not_parsed_says_what_it_says_parsed(
     marks = sorted({min(end + cut, len(data)) for end in ends if end} | {0, *(ends if both else ())} | {len(data)})
     reads = [data[begin:end] for begin, end in zip(marks, marks[1:])]
     stream, parsed = ReplyStream(new_reply(**options)), b""
-    for data in reads:
-        parsed += encode_events(stream.feed(data))
+    for read in reads:
+        parsed += encode_events(stream.feed(read))
     assert handed_on(reads, **options)[0] == events_in(parsed + encode_events(stream.feed(b"", last=True)))
 
 
