@@ -379,6 +379,25 @@ def next_signal() -> Iterator[Callable[[], Any]]:
         writer.close()
 
 
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """What INT, TERM and HUP do is done behind the block: a process that starts in it is known by then, and can be
+    ended."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in handlers.items():
+        if callable(handler):  # else it is ignored, and must be in the new process too
+            signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
 # === 2 Settings ===============================================================================
 # Rule: flags > environment > project file > home file > defaults, one frozen value, made once.
 
@@ -2433,12 +2452,14 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
     """Run one step of a build, its output in the log and how far it is on the terminal. Raises AnyclaudeError."""
     begun = time.monotonic()
     pipe, joined, null = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
-    process = subprocess.Popen(
-        command, cwd=folder, env=dict(env), stdin=null, stdout=pipe, stderr=joined, start_new_session=True
-    )
-    assert process.stdout is not None
+    process: subprocess.Popen[bytes] | None = None
     rest, tail = b"", list[str]()
     try:
+        with signals_wait():
+            process = subprocess.Popen(
+                command, cwd=folder, env=dict(env), stdin=null, stdout=pipe, stderr=joined, start_new_session=True
+            )
+        assert process.stdout is not None
         while True:
             if not select.select([process.stdout], [], [], 0.5)[0]:
                 if process.poll() is None:
@@ -2462,11 +2483,12 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
         raise AnyclaudeError("stopped; what is compiled stays.", "To go on: the same command again") from None
     finally:
         TERMINAL.waiting("")
-        if process.poll() is None:
+        if process and process.poll() is None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, lambda *_: None)  # a second one comes too late
             terminate(process, os.killpg)
-        process.stdout.close()
+        if process and process.stdout:
+            process.stdout.close()
     if status:
         first = next((at for at, line in enumerate(tail) if line.startswith("error")), max(0, len(tail) - 8))
         shown = tail[first : first + 8]
@@ -5741,12 +5763,15 @@ def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, st
     when it stops itself (Ctrl-Z), so do we, so that the shell comes back."""
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which it would inherit; SIGCHLD is to wake us
+    claude: subprocess.Popen[bytes] | None = None
     with next_signal() as wait:
         try:
-            claude = subprocess.Popen([str(program), *arguments], env=dict(environ))
-        except OSError as error:
-            raise AnyclaudeError(f"{program} cannot be run: {error.strerror}.", " ".join(INSTALL_CLAUDE)) from None
-        try:
+            with signals_wait():
+                try:
+                    claude = subprocess.Popen([str(program), *arguments], env=dict(environ))
+                except OSError as error:
+                    message = f"{program} cannot be run: {error.strerror}."
+                    raise AnyclaudeError(message, " ".join(INSTALL_CLAUDE)) from None
             while True:
                 pid, status = os.waitpid(claude.pid, os.WUNTRACED | os.WNOHANG)
                 if pid and os.WIFSTOPPED(status):
@@ -5761,7 +5786,7 @@ def run_claude(program: Path, arguments: Sequence[str], environ: Mapping[str, st
                     claude.returncode = os.waitstatus_to_exitcode(status)
                     return claude.returncode if claude.returncode >= 0 else 128 - claude.returncode
         finally:
-            if claude.returncode is None:
+            if claude and claude.returncode is None:
                 terminate(claude)
 
 

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=57b1064d4c06a854f5b5e4ff3f29a0b8b2cd1a53d3b096105b86d1980cb896f7
+sha256=a3ece45c22368fea7c18fe619b26d1fa65c44c29e3c5f3c41e74b18f15a2d5c6
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -380,6 +380,37 @@ def test_ctrl_c_ends_a_build_and_says_how_to_go_on(builder: Sandbox) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "number", "status"),
+    [("cargo", signal.SIGINT, 1), ("cargo", signal.SIGTERM, 143), ("claude", signal.SIGTERM, 143)],
+)
+def test_a_signal_in_the_moment_in_which_a_program_starts_ends_it_too(
+    builder: Sandbox, program: str, number: signal.Signals, status: int
+) -> None:
+    """Between the fork and our knowing of it there is a moment; here the signal comes in it."""
+    fake(builder, program, 'case "$*" in --version|--help) exit; esac; exec sleep 60')
+    script = builder.work / "early.py"
+    script.write_text(f"""import os, subprocess, sys
+sys.path.insert(0, {str(Path(anyclaude.__file__).parent)!r})
+import anyclaude
+class Popen(subprocess.Popen):
+    def __init__(self, command, **options):
+        super().__init__(command, **options)
+        if command[0].endswith({program!r}) and command[1:] not in (["--version"], ["--help"]):
+            print("started", self.pid, flush=True)
+            os.kill(os.getpid(), {int(number)})
+subprocess.Popen = Popen
+sys.exit(anyclaude.main())
+""")
+    done = builder.run(*["build"] if program == "cargo" else ["--demo"], program=script, timeout=20)
+    pid = int(done.stdout.partition("started ")[2].split()[0])
+    if left := not gone(pid):
+        os.kill(pid, signal.SIGKILL)
+    assert not left and done.returncode == status
+    assert number != signal.SIGINT or "what is compiled stays" in done.stderr
+
+
+@pytest.mark.slow
 def test_what_a_build_started_ends_with_it(builder: Sandbox) -> None:
     fake(builder, "cargo", 'sleep 600 & echo $! > "$HOME/child"; wait')
     process = builder.start("build")
