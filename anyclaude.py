@@ -23,6 +23,7 @@ The file reads top to bottom, and a section uses only those above it:
 
 from __future__ import annotations
 
+import _thread
 import base64
 import contextlib
 import dataclasses
@@ -77,7 +78,7 @@ STOP_SECONDS = 5.0  # between TERM and KILL
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the proxy of the environment
 
 Json = dict[str, Any]  # a JSON object
-to_json = json.JSONEncoder(ensure_ascii=False).encode
+to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # nothing here contains itself
 from_json = json.JSONDecoder(parse_constant=str).decode  # NaN is no number to hand on
 Version = tuple[int, int, int]
 
@@ -547,11 +548,12 @@ def _absolute(text: str, folder: Path) -> str:
 
 
 def _url(text: str) -> str:
+    text = text.strip().rstrip("/")
     with contextlib.suppress(ValueError):  # of a port that is none
-        parts = urllib.parse.urlsplit(text.strip())
-        extra = parts.query or parts.fragment or parts.username
+        parts = urllib.parse.urlsplit(text)
+        extra = parts.query or parts.fragment or parts.username or not re.fullmatch("[!-~]+", text)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not extra:
-            return text.strip().rstrip("/")
+            return text
     raise ValueError("a URL like http://localhost:8081/v1")
 
 
@@ -3939,6 +3941,12 @@ def _shapes(first: str) -> tuple[_Shape, ...]:
     return tuple(_Shape(row) for row in sorted(TOOL_FORMATS, key=lambda row: row.name != first))
 
 
+@functools.cache
+def _without(some: frozenset[int]) -> bytes:
+    """All bytes but some."""
+    return bytes(set(range(256)) - some)
+
+
 class ToolText:
     """The text of one reply, parsed as it comes. `tools`: name -> input schema; only these names start a call. `first`:
     the row of TOOL_FORMATS to try first; `thinks`: the prompt ended with the opener of a thinking block (until the first
@@ -3958,14 +3966,13 @@ class ToolText:
         self._final = self._natural = False
         self._undecided = False  # the end came while a reader waited for more
         self._fresh = True  # no text since the beginning, the last call or the last thinking
-        self._said: list[str] = []  # since `_in_code` was last asked
+        self.said: list[str] = []  # text, since `_in_code` was last asked
         self._line, self._ticks = "", 0  # the line that is being said: how it begins, its backticks
         self._spanned, self._fence = False, ""  # in code between backticks; the fence of the code block that is open
         self._shown: set[str] = set()  # closers of thinking whose opener was shown as text
         self._events: list[TextEvent] = []
         self._is_free = False  # it waits for one of `_stops` in text, and holds nothing back
-        begins = "".join(sorted({re.escape(stop[0]) for stop in self._stops}))
-        self._is_harmless = re.compile(f"[^{begins}]+").fullmatch  # nothing in it begins a stop
+        self._harmless = _without(frozenset(stop.encode()[0] for stop in self._stops))
         self._parser = self._run()
         next(self._parser)
 
@@ -3974,12 +3981,11 @@ class ToolText:
         self._buffer += text
         return self._advance()
 
-    def pass_on(self, text: str) -> bool:
-        """Whether the next piece is text in any case; then it was taken, and needs no `feed`."""
-        if not self._is_free or not self._is_harmless(text):
-            return False
-        self._said.append(text)
-        return True
+    @property
+    def free(self) -> bytes:
+        """A next piece that consists of these bytes only (in UTF-8) is text in any case: it goes to `said` and needs no
+        `feed`."""
+        return self._harmless if self._is_free else b""
 
     def end(self, natural: bool) -> list[TextEvent]:
         """The output is over -> the rest. `natural`: the model ended it, so that a missing last bracket may be added."""
@@ -4009,7 +4015,7 @@ class ToolText:
     def _say(self, text: str) -> None:
         if text:
             self._fresh = self._fresh and text.isspace()
-            self._said.append(text)
+            self.said.append(text)
             self._events.append(("text", text))
 
     def _take(self, count: int) -> str:
@@ -4029,8 +4035,8 @@ class ToolText:
 
     def _in_code(self) -> bool:
         """Whether what was said so far ends in a code block, or in the code behind a backtick."""
-        text = "".join(self._said)
-        self._said.clear()
+        text = "".join(self.said)
+        self.said.clear()
         *lines, last = (self._line + text).split("\n")
         for line in lines:
             self._fence = _fence_behind(self._fence, line)
@@ -4514,7 +4520,7 @@ class Reply:
         self._events: list[Event] = []
         self._state = "new"  # -> "open" -> "ended"
         self._block = ""  # the type of the open block
-        self._index = -1
+        self.index = -1  # of the block that was opened last
         self._space = ""  # white space that shows only if text follows
         self._calls = 0
         self._muted = False  # the call behind the only one that is allowed has begun
@@ -4540,7 +4546,7 @@ class Reply:
     @property
     def writes(self) -> bool:
         """Whether the model has begun to write."""
-        return self._index >= 0
+        return self.index >= 0
 
     @property
     def usage(self) -> Json:
@@ -4589,15 +4595,18 @@ class Reply:
             self._stop.found = str(matched) if matched in self._stops else self._stop.found
         return first + self._take()
 
-    def pass_on(self, kind: str, text: str) -> int:
-        """Take a text ("text" or "thinking") that only makes the open block longer -> the block's number; -1 if it may do
-        more, and must be fed."""
+    def free(self, kind: str) -> bytes:
+        """A next text of `kind` ("text" or "thinking") that consists of these bytes only (in UTF-8) just makes the open block
+        longer: `pass_on` is enough, until something is fed."""
         if kind != self._block or self._stops or self._muted or self.ended:
-            return -1
-        if kind == "text" and not self._text.pass_on(text):
-            return -1
+            return b""
+        return self._text.free if kind == "text" else _without(frozenset())
+
+    def pass_on(self, text: str) -> None:
+        """Take such a text."""
         self._output += 1
-        return self._index
+        if self._block == "text":
+            self._text.said.append(text)
 
     def finish(self, done: bool) -> list[Event]:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
@@ -4715,15 +4724,15 @@ class Reply:
         if self._block != kind:
             self._close()
             self._block = kind
-            self._index += 1
-            self._emit("content_block_start", index=self._index, content_block={"type": kind, **content})
+            self.index += 1
+            self._emit("content_block_start", index=self.index, content_block={"type": kind, **content})
 
     def _delta(self, kind: str, **content: Any) -> None:
-        self._emit("content_block_delta", index=self._index, delta={"type": kind, **content})
+        self._emit("content_block_delta", index=self.index, delta={"type": kind, **content})
 
     def _close(self) -> None:
         if self._block:
-            self._emit("content_block_stop", index=self._index)
+            self._emit("content_block_stop", index=self.index)
         self._block = self._space = ""
 
 
@@ -4748,13 +4757,16 @@ def _continues(delta: Json, function: Json, call: Json) -> bool:
     return not (function.get("name") and call.get("name"))  # nothing tells it but that it has no name again
 
 
-_is_plain = re.compile(r"[^\\\x00-\x1f]+").fullmatch  # stands for itself in a JSON string, if no quote is in it
-_DELTA = 'event: content_block_delta\ndata: {"type": "content_block_delta", "index": '
-_DELTAS = {
-    "text": ', "delta": {"type": "text_delta", "text": "',
-    "thinking": ', "delta": {"type": "thinking_delta", "thinking": "',
-}
-_DELTA_END = '"}}\n\n'
+_DELTA = (
+    'event: content_block_delta\ndata: {"type": "content_block_delta", "index": %d, "delta": {"type": "%s", "%s": "'
+)
+_DELTA_END = b'"}}\n\n'
+
+
+@functools.cache
+def _plain(some: bytes) -> bytes:
+    """Those of some bytes that stand for themselves in a JSON string."""
+    return bytes(byte for byte in some if byte >= 0x20 and byte not in b'"\\')
 
 
 def _lone_text(payload: str) -> TextEvent | None:
@@ -4778,31 +4790,41 @@ class ReplyStream:
         self._reply, self._window, self._lines = reply, window, EventStream()
         self._kind = ""  # of the text in the chunk that is known
         self._before, self._behind = b"no chunk", b""  # what stands around it
+        self._free, self._begin = b"", b""  # of what bytes the text may consist now; how its event begins
         self._tries = 4  # to know one; some engines may write them all differently
 
     def pass_on(self, data: bytes) -> tuple[bytes, bytes]:
         """More bytes -> the events of the known chunks with which they begin, encoded; and the rest, which must be fed."""
-        events, at = "", 0
+        events, at = b"", 0
         if self._lines.pending:
             at = data.find(b"\n\n") + 2
             if at < 2 or not self._reply.begun:
                 return b"", data
-            events = encode_events(self.feed(data[:at])).decode()
+            events = encode_events(self.feed(data[:at]))
         while data.startswith(self._before, at):
             begin = at + len(self._before)
             end = data.find(b'"', begin)
-            text = data[begin:end].decode("utf-8", "replace")
-            if end < 0 or not data.startswith(self._behind, end) or not _is_plain(text):
+            text = data[begin:end]
+            if not text or text.translate(None, self._free) or not data.startswith(self._behind, end):
                 break
-            index = self._reply.pass_on(self._kind, text)
-            if index < 0:
+            try:
+                self._reply.pass_on(text.decode())
+            except UnicodeDecodeError:
                 break
-            events += f"{_DELTA}{index}{_DELTAS[self._kind]}{text}{_DELTA_END}"
+            events += self._begin + text + _DELTA_END
             at, self._tries = end + len(self._behind), 4
-        return events.encode(), data[at:]
+        return events, data[at:]
 
     def feed(self, data: bytes, last: bool = False) -> list[Event]:
         """More bytes -> their events. `last`: nothing follows."""
+        events = self._parsed(data, last)
+        self._free = _plain(self._reply.free(self._kind))
+        if self._free:
+            kind = self._kind
+            self._begin = (_DELTA % (self._reply.index, f"{kind}_delta", kind)).encode()
+        return events
+
+    def _parsed(self, data: bytes, last: bool) -> list[Event]:
         events: list[Event] = []
         payloads = self._lines.feed(data + b"\n" * last)  # the last line may lack its end
         for payload in payloads:
@@ -4958,22 +4980,43 @@ class _Upstream:
 
     The reply is read from the socket itself: http.client would wait for bytes where the client must be watched."""
 
-    def __init__(self, target: Target, payload: bytes, client: socket.socket) -> None:
+    def __init__(self, target: Target, client: socket.socket) -> None:
         parts = urllib.parse.urlsplit(target.url)
+        key = f"Authorization: Bearer {target.key}\r\n" * bool(target.key)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=10)
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Connection": "close"}
-        if target.key:
-            headers["Authorization"] = f"Bearer {target.key}"
-        connection.request("POST", f"{parts.path}/chat/completions", payload, headers)
+        self._connection = kind(parts.hostname or "", parts.port, timeout=10)
+        self._request = (
+            f"POST {parts.path}/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+            f"Accept: text/event-stream\r\nConnection: close\r\n{key}Content-Length: "
+        )
         self.status, self.ended, self.body = 0, False, b""  # `body`: its beginning, or the whole of an error
         self._head, self._chunks = b"", ChunkedBody()
         self._is_chunked = False
-        self._client, self._socket = client, connection.sock
+        self._client = client
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, so that the engine makes ready for a request, or connect again; `trouble` says why that did not go."""
+        self.trouble: OSError | None = None
+        self._connection.close()
+        try:
+            self._connection.connect()
+        except OSError as error:
+            self.trouble = error
+
+    def ask(self, payload: bytes) -> None:
+        """Send the request, if it is connected; `trouble` says why that did not go."""
+        if self.trouble:
+            return
+        self._socket = self._connection.sock
+        try:
+            self._socket.sendall(f"{self._request}{len(payload)}\r\n\r\n".encode() + payload)
+        except OSError as error:
+            self.trouble = error
         self.now = self._look = time.monotonic()  # when `read` returned last; when to look after the client
         self._socket.settimeout(NEXT_CHUNK_SECONDS)
         self._poll = select.poll()
-        for one in (self._socket, client):
+        for one in (self._socket, self._client):
             self._poll.register(one, select.POLLIN)
 
     def read(self, seconds: float) -> bytes | None:
@@ -5040,9 +5083,10 @@ class _Upstream:
 
     def close(self) -> None:
         """Leave; the engine sees it at once."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        if self._connection.sock:
+            with contextlib.suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
 
 
 def _new_id() -> str:
@@ -5309,74 +5353,83 @@ class ProxyHandler(BaseHTTPRequestHandler):
         return count if type(count) is int else 0
 
     def _messages(self) -> None:
-        request, translated = self._translated()
-        target, counter = self.server.target, self.server.tokens
-        payload = to_json(translated)
-        data = payload.encode("utf-8", "replace")
-        if target.window and len(data) + translated["max_tokens"] > target.window:  # a token has a byte at least
-            tokens = counter.corrected(estimate_tokens(payload))
-            data = to_json(fit_to_window(translated, tokens, counter.doubt, target.window)).encode("utf-8", "replace")
-        text = ToolText(callable_tools(request), target.dialect.calls, target.dialect.opens_thinking)
+        with contextlib.closing(_Upstream(self.server.target, self.connection)) as upstream:
+            request, translated = self._translated()
+            sent, has_tools = self._payload(translated), "tools" in translated
+            missing = "" if has_tools else unavailable_tool(request)
+            if not missing:
+                upstream.ask(sent[-1])  # the rest is done while the engine works
+            reply, streamed = self._new_reply(request), bool(request.get("stream"))
+            self._body = b""
+            del request, translated  # a reply may take long
+            if missing:
+                answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
+                return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
+            is_main = has_tools and "x-claude-code-agent-id" not in self.headers
+            with self.server.meter.measuring(reply, is_main) as measured:
+                self._answer(streamed, measured.watching(self._batches(upstream, sent, reply, streamed)))
+
+    def _payload(self, translated: Json) -> list[Any]:
+        """A request for the engine, as text and as bytes. Raises ApiError for a prompt that surely does not fit."""
+        window, counter, text = self.server.target.window, self.server.tokens, to_json(translated)
+        data = text.encode("utf-8", "replace")
+        if window and len(data) + translated["max_tokens"] > window:  # a token has a byte at least
+            fitting = fit_to_window(translated, counter.corrected(estimate_tokens(text)), counter.doubt, window)
+            data = to_json(fitting).encode("utf-8", "replace")
+        return [text, data]
+
+    def _new_reply(self, request: Json) -> Reply:
+        dialect = self.server.target.dialect
+        text = ToolText(callable_tools(request), dialect.calls, dialect.opens_thinking)
         one_call = bool(as_object(request.get("tool_choice")).get("disable_parallel_tool_use"))
-        reply = Reply(target.name, text, _new_id, stop_sequences(request), one_call)
-        streamed = bool(request.get("stream"))
-        missing = "" if "tools" in translated else unavailable_tool(request)
-        if missing:
-            answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
-            return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
-        is_main = "tools" in translated and "x-claude-code-agent-id" not in self.headers
-        sent = [payload, data]  # taken from there as soon as it can go: a reply may take long
-        self._body = b""
-        del request, translated, payload, data
-        with self.server.meter.measuring(reply, is_main) as measured:
-            self._answer(streamed, measured.watching(self._batches(sent, reply, streamed)))
+        return Reply(self.server.target.name, text, _new_id, stop_sequences(request), one_call)
 
     def _answer(self, streamed: bool, batches: Iterator[list[Event]]) -> None:
         """Send a reply's events, as a stream or collected."""
         if not streamed:
             return self._send_json(200, collect(event for events in batches for event in events))
+        head = self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
         for events in batches:
-            if not self._began:
-                self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
-            self._send_chunk(encode_events(events))
+            self._began = True
+            self._send_chunk(encode_events(events), head)
+            head = b""
         self.connection.sendall(b"0\r\n\r\n")
 
-    def _send_chunk(self, data: bytes) -> None:
+    def _send_chunk(self, data: bytes, head: bytes = b"") -> None:
         if self.server.debug.level >= 3:
             self.server.debug(3, f"to the client: {data.decode()}")
-        self.connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+        self.connection.sendall(b"%s%x\r\n%s\r\n" % (head, len(data), data))
 
-    def _batches(self, sent: list[Any], reply: Reply, streamed: bool) -> Iterator[list[Event]]:
-        """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: the payload as text and as bytes."""
+    def _batches(self, upstream: _Upstream, sent: list[Any], reply: Reply, streamed: bool) -> Iterator[list[Event]]:
+        """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: the payload as text and as bytes, which
+        are given back as soon as can be."""
         try:
-            upstream = yield from self._connected(sent.pop(), reply)
+            yield from self._asked(upstream, sent.pop(), reply)
         except ApiError as error:
             if not reply.begun:
                 raise
             yield reply.fail(error)
             return
-        with contextlib.closing(upstream):
-            estimate = estimate_tokens(sent.pop())  # while the engine works
-            reply.prompt = self.server.tokens.corrected(estimate)
-            yield from self._relay(upstream, reply, streamed)
+        estimate = estimate_tokens(sent.pop())  # while the engine works
+        reply.prompt = self.server.tokens.corrected(estimate)
+        yield from self._relay(upstream, reply, streamed)
+        upstream.close()
         if reply.counted:
             self.server.learn(estimate, reply.prompt)
 
-    def _connected(self, data: bytes, reply: Reply) -> Generator[list[Event], None, _Upstream]:
-        """The engine's connection, when it serves; until then pings. Raises ApiError."""
+    def _asked(self, upstream: _Upstream, data: bytes, reply: Reply) -> Iterator[list[Event]]:
+        """Pings, until the engine has the request. Raises ApiError."""
         share, patient = self.server.share, True
-        while True:
-            if share:
-                yield from self._held(share, reply)
-            try:
-                return _Upstream(self.server.target, data, self.connection)
-            except (OSError, http.client.HTTPException) as error:
-                trouble = share.trouble() if share else ""  # with 400 the client does not try again
-                if trouble or not share or not patient:
-                    words = trouble or f"the engine does not answer at {self.server.target.url} ({error})"
-                    raise ApiError(400 if trouble else 529, words) from None
+        while upstream.trouble:
+            trouble = share.trouble() if share else ""  # with 400 the client does not try again
+            if trouble or not share or not patient:
+                words = trouble or f"the engine does not answer at {self.server.target.url} ({upstream.trouble})"
+                raise ApiError(400 if trouble else 529, words)
             patient = False
             time.sleep(0.3)  # that it ended may not have been noticed yet
+            yield from self._held(share, reply)
+            upstream.connect()
+            upstream.ask(data)
 
     def _held(self, share: EngineShare, reply: Reply) -> Iterator[list[Event]]:
         """Pings, as long as the engine is being started again: loading may take longer than a client tries."""
@@ -5453,15 +5506,16 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self._send(status, to_json(content).encode("utf-8", "replace"))
 
     def _send(self, status: int, body: bytes) -> None:
-        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
-        self.wfile.write(body)
-
-    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        head = self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         self._began = True
-        self.send_response(status)
-        for name, value in {**headers, **({"Connection": "close"} if self.close_connection else {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.connection.sendall(head + body)
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """The head of an answer."""
+        lines = [f"HTTP/1.1 {status} {self.responses.get(status, ('',))[0]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += ["Connection: close"] if self.close_connection else []
+        return "\r\n".join([*lines, "", ""]).encode()
 
     def log_message(self, format: str, *args: object) -> None:
         pass  # the debug log has its own line
@@ -5506,6 +5560,10 @@ class Proxy(ThreadingHTTPServer):
                 with contextlib.suppress(AnyclaudeError):  # none yet, or broken: begun anew
                     known = read_json(self._memory)
                 write_json(self._memory, {**known, self.target.name: self.tokens.pairs})
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for each connection; unlike the base class do not wait until it runs."""
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Without file descriptors left the listener stays ready: not to be asked at once again."""

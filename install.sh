@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=a3ece45c22368fea7c18fe619b26d1fa65c44c29e3c5f3c41e74b18f15a2d5c6
+sha256=4566d76d2e266dd81b5e0563a8765bff12fb42385441f9980c3fae14860e580b
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

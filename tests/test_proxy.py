@@ -438,6 +438,18 @@ def padded(words: int) -> dict[str, Any]:
     return {**REQUEST, "messages": [{"role": "user", "content": "lorem ipsum dolor " * words}]}
 
 
+def test_a_request_that_is_refused_says_nothing_to_the_engine() -> None:
+    """It may have been connected already, so that it makes ready; then it is left."""
+    with socket.create_server(("127.0.0.1", 0)) as engine:
+        with proxy_for(f"http://127.0.0.1:{engine.getsockname()[1]}/v1") as proxy:
+            assert ask(proxy, body={**REQUEST, "messages": 5})[0] == 400
+        engine.settimeout(10)
+        connection = engine.accept()[0]
+        with connection:
+            connection.settimeout(10)
+            assert connection.recv(1) == b""
+
+
 def test_a_prompt_that_cannot_fit_is_refused_without_the_engine() -> None:
     with fake_engine(lambda request: says("x")) as engine, proxy_for(engine.url, window=1000) as proxy:
         status, _, content = ask(proxy, body=padded(2000))

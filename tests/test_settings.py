@@ -293,6 +293,15 @@ def test_a_base_url_for_one_run_starts_no_engine(place: Place) -> None:
     assert place.load({}, {"ANYCLAUDE_BASE_URL": "http://localhost:9000/v1"})[0].kind == "remote"
 
 
+@pytest.mark.parametrize(
+    "url", ["http://h/a b", "http://h/\u00e9", "http://h/v1\r\nx: y", "http://u:p@h/v1", "ftp://h/v1"]
+)
+def test_a_base_url_that_could_not_be_asked_is_refused(place: Place, url: str) -> None:
+    with pytest.raises(AnyclaudeError) as caught:
+        place.load({"--base-url": url})
+    assert "--base-url: expected a URL like http://localhost:8081/v1" in caught.value.message
+
+
 def test_the_port_may_be_said_by_the_base_url(place: Place) -> None:
     place.write(place.home, one(baseUrl="http://localhost:9000/v1"))
     assert (place.load()[0].port, place.load()[0].kind) == (9000, "mistralrs")

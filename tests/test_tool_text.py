@@ -19,11 +19,13 @@ def parse(pieces: list[str], natural: bool = True) -> list[tuple[str, str]]:
     """The events of a reply, neighbouring ones of a kind put together; the same, whatever needs no `feed`."""
     fed, passed_on = ToolText(TOOLS), ToolText(TOOLS)
     events = [event for piece in pieces for event in fed.feed(piece)] + fed.end(natural)
-    others = [
-        event
-        for piece in pieces
-        for event in ([("text", piece)] if passed_on.pass_on(piece) else passed_on.feed(piece))
-    ]
+    others = []
+    for piece in pieces:
+        if piece and set(piece.encode()) <= set(passed_on.free):
+            passed_on.said.append(piece)
+            others.append(("text", piece))
+        else:
+            others += passed_on.feed(piece)
     assert merged(events) == merged(others + passed_on.end(natural))
     return merged(events)
 
