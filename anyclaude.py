@@ -4598,7 +4598,7 @@ class Reply:
     def free(self, kind: str) -> bytes:
         """A next text of `kind` ("text" or "thinking") that consists of these bytes only (in UTF-8) just makes the open block
         longer: `pass_on` is enough, until something is fed."""
-        if kind != self._block or self._stops or self._muted or self.ended:
+        if not kind or kind != self._block or self._stops or self._muted:
             return b""
         return self._text.free if kind == "text" else _without(frozenset())
 
@@ -5413,7 +5413,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
         estimate = estimate_tokens(sent.pop())  # while the engine works
         reply.prompt = self.server.tokens.corrected(estimate)
         yield from self._relay(upstream, reply, streamed)
-        upstream.close()
         if reply.counted:
             self.server.learn(estimate, reply.prompt)
 

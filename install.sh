@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=4566d76d2e266dd81b5e0563a8765bff12fb42385441f9980c3fae14860e580b
+sha256=aa073edbf98e7097fdf7c756cf0a54a806cb8196eda2cb626b6219e533ddb5db
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

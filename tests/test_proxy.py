@@ -152,9 +152,10 @@ def test_a_bad_request_is_a_400_in_the_clients_words(body: Any, status: int) -> 
 
 def test_a_request_that_is_too_large_is_refused_before_it_is_read() -> None:
     with serving(says("x")) as (proxy, _):
-        status, _, content = ask(
+        status, headers, content = ask(
             proxy, body=b"", headers={"x-api-key": proxy.token, "Content-Length": str((64 << 20) + 1)}
         )
+        assert headers["Connection"] == "close"  # the body is not read
         assert status == 413 and json.loads(content)["error"]["type"] == "request_too_large"
 
 

@@ -603,7 +603,7 @@ def line(shape: int, text: str, number: int = 0, escaped: bool = False) -> bytes
     return f"data: {payload}\n\n".encode().replace("\ufffd".encode(), b"\xff")
 
 
-PLAIN = ["a", "b", " the", "中文", "é", "`", "a\ufffd"]
+PLAIN = ["", "a", "b", " the", "中文", "é", "`", "a\ufffd"]
 CALL_PARTS = [BASH_CALL, BASH_CALL[:40], BASH_CALL[40:]]
 MARKUP = [*'?\n<["\\', "<to", *CALL_PARTS, "<think>", "</think>", "<|channel|>analysis<|message|>"]
 words = st.one_of(st.sampled_from(PLAIN), st.sampled_from(MARKUP))
@@ -652,6 +652,26 @@ def test_a_line_that_begins_in_the_read_of_a_chunk_is_not_lost() -> None:
     a, b, c, d, e = (line(0, text) for text in "abcde")
     events, _ = handed_on([a + b"data: ", b[6:], c + b"data: ", d[6:], e])
     assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == list("abcde")
+
+
+def test_a_stop_that_comes_in_two_known_chunks_ends_the_reply() -> None:
+    events, _ = handed_on([*(line(0, text) for text in "xyabz"), b"data: [DONE]\n\n"], stops=("ab",))
+    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["x", "y"]
+    assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "ab"}
+
+
+@pytest.mark.parametrize(("shape", "calls"), [(0, 0), (3, 1)])
+def test_code_that_begins_in_a_known_chunk_is_code_and_code_in_thinking_is_not(shape: int, calls: int) -> None:
+    """There people write about calls."""
+    events, passed_on = handed_on(
+        [*(line(shape, piece) for piece in ["I\n", "``", "`", "sh"]), line(0, "\n" + BASH_CALL)]
+    )
+    assert passed_on == 3 and str(events).count("'tool_use', 'id'") == calls
+
+
+def test_an_engine_that_says_what_we_never_wrote_is_an_error() -> None:
+    events, passed_on = handed_on([b'no chunk"', b'no chunk" x"\n\n'])
+    assert passed_on == 0 and events[-1]["type"] == "error"
 
 
 def test_text_behind_the_only_call_that_is_allowed_stays_unsaid() -> None:
