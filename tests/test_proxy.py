@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fake_engine import FakeEngine, chunk, fake_engine, says
@@ -198,6 +198,24 @@ def test_an_engine_that_is_down_is_an_overload_which_the_client_tries_again() ->
         with proxy_for(f"http://127.0.0.1:{taken.getsockname()[1]}/v1") as proxy:
             status, _, content = ask(proxy)
             assert status == 529 and json.loads(content)["error"]["type"] == "overloaded_error"
+
+
+class DeafShare:
+    """A share in an engine that runs, but listens no more."""
+
+    def trouble(self) -> str:
+        return ""
+
+    def is_started_again(self) -> bool:
+        return False
+
+
+def test_an_engine_that_runs_and_does_not_listen_is_an_overload_after_a_second_try() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        target = Target(f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
+        with Proxy(0, target, share=cast(anyclaude.EngineShare, DeafShare())) as proxy:
+            assert ask(proxy)[0] == 529
 
 
 OVERFLOW = "Prompt sequence length is greater than 4096, perhaps consider using `truncate_sequence`?"

@@ -670,7 +670,7 @@ def test_code_that_begins_in_a_known_chunk_is_code_and_code_in_thinking_is_not(s
 
 
 def test_an_engine_that_says_what_we_never_wrote_is_an_error() -> None:
-    events, passed_on = handed_on([b'no chunk"', b'no chunk" x"\n\n'])
+    events, passed_on = handed_on([b": hello\n\n", b'no chunk x"\n\n'])
     assert passed_on == 0 and events[-1]["type"] == "error"
 
 
