@@ -382,15 +382,15 @@ def next_signal() -> Iterator[Callable[[], Any]]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """What INT, TERM and HUP do is done behind the block: a process that starts in it is known by then, and can be
-    ended."""
+    """INT, TERM and HUP that come in the block are handled right behind it: a process that starts in it is known by then, and
+    can be ended."""
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in handlers.items():
-        if callable(handler):  # else it is ignored, and must be in the new process too
-            signal.signal(number, lambda number, _: came.append(number))
     try:
+        for number, handler in handlers.items():
+            if callable(handler):  # what is ignored stays so, in the new process too
+                signal.signal(number, lambda number, _: came.append(number))
         yield
     finally:
         for number, handler in handlers.items():
@@ -551,7 +551,7 @@ def _url(text: str) -> str:
     text = text.strip().rstrip("/")
     with contextlib.suppress(ValueError):  # of a port that is none
         parts = urllib.parse.urlsplit(text)
-        extra = parts.query or parts.fragment or parts.username or not re.fullmatch("[!-~]+", text)
+        extra = re.search("[^!-~]|[?#]", text) or "@" in parts.netloc
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not extra:
             return text
     raise ValueError("a URL like http://localhost:8081/v1")
@@ -2486,8 +2486,6 @@ def run_build(command: Sequence[str], folder: str, env: Mapping[str, str], log: 
     finally:
         TERMINAL.waiting("")
         if process and process.poll() is None:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, lambda *_: None)  # a second one comes too late
             terminate(process, os.killpg)
         if process and process.stdout:
             process.stdout.close()
@@ -3941,10 +3939,7 @@ def _shapes(first: str) -> tuple[_Shape, ...]:
     return tuple(_Shape(row) for row in sorted(TOOL_FORMATS, key=lambda row: row.name != first))
 
 
-@functools.cache
-def _without(some: frozenset[int]) -> bytes:
-    """All bytes but some."""
-    return bytes(set(range(256)) - some)
+ANY_BYTE = bytes(range(256))
 
 
 class ToolText:
@@ -3966,13 +3961,13 @@ class ToolText:
         self._final = self._natural = False
         self._undecided = False  # the end came while a reader waited for more
         self._fresh = True  # no text since the beginning, the last call or the last thinking
-        self.said: list[str] = []  # text, since `_in_code` was last asked
+        self._said: list[str] = []  # since `_in_code` was last asked
         self._line, self._ticks = "", 0  # the line that is being said: how it begins, its backticks
         self._spanned, self._fence = False, ""  # in code between backticks; the fence of the code block that is open
         self._shown: set[str] = set()  # closers of thinking whose opener was shown as text
         self._events: list[TextEvent] = []
         self._is_free = False  # it waits for one of `_stops` in text, and holds nothing back
-        self._harmless = _without(frozenset(stop.encode()[0] for stop in self._stops))
+        self._harmless = ANY_BYTE.translate(None, bytes(stop.encode()[0] for stop in self._stops))
         self._parser = self._run()
         next(self._parser)
 
@@ -3983,9 +3978,12 @@ class ToolText:
 
     @property
     def free(self) -> bytes:
-        """A next piece that consists of these bytes only (in UTF-8) is text in any case: it goes to `said` and needs no
-        `feed`."""
+        """A next piece that consists of these bytes only (in UTF-8) is text in any case: `pass_on` is enough for it."""
         return self._harmless if self._is_free else b""
+
+    def pass_on(self, text: str) -> None:
+        """Take such a piece."""
+        self._said.append(text)
 
     def end(self, natural: bool) -> list[TextEvent]:
         """The output is over -> the rest. `natural`: the model ended it, so that a missing last bracket may be added."""
@@ -4015,7 +4013,7 @@ class ToolText:
     def _say(self, text: str) -> None:
         if text:
             self._fresh = self._fresh and text.isspace()
-            self.said.append(text)
+            self._said.append(text)
             self._events.append(("text", text))
 
     def _take(self, count: int) -> str:
@@ -4035,8 +4033,8 @@ class ToolText:
 
     def _in_code(self) -> bool:
         """Whether what was said so far ends in a code block, or in the code behind a backtick."""
-        text = "".join(self.said)
-        self.said.clear()
+        text = "".join(self._said)
+        self._said.clear()
         *lines, last = (self._line + text).split("\n")
         for line in lines:
             self._fence = _fence_behind(self._fence, line)
@@ -4598,15 +4596,15 @@ class Reply:
     def free(self, kind: str) -> bytes:
         """A next text of `kind` ("text" or "thinking") that consists of these bytes only (in UTF-8) just makes the open block
         longer: `pass_on` is enough, until something is fed."""
-        if not kind or kind != self._block or self._stops or self._muted:
+        if not kind or kind != self._block or self._stops or self._muted or self.ended:
             return b""
-        return self._text.free if kind == "text" else _without(frozenset())
+        return self._text.free if kind == "text" else ANY_BYTE
 
     def pass_on(self, text: str) -> None:
         """Take such a text."""
         self._output += 1
         if self._block == "text":
-            self._text.said.append(text)
+            self._text.pass_on(text)
 
     def finish(self, done: bool) -> list[Event]:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
@@ -4762,11 +4760,7 @@ _DELTA = (
 )
 _DELTA_END = b'"}}\n\n'
 
-
-@functools.cache
-def _plain(some: bytes) -> bytes:
-    """Those of some bytes that stand for themselves in a JSON string."""
-    return bytes(byte for byte in some if byte >= 0x20 and byte not in b'"\\')
+_ESCAPED = bytes(range(0x20)) + b'"\\'  # do not stand for themselves in a JSON string
 
 
 def _lone_text(payload: str) -> TextEvent | None:
@@ -4795,12 +4789,12 @@ class ReplyStream:
 
     def pass_on(self, data: bytes) -> tuple[bytes, bytes]:
         """More bytes -> the events of the known chunks with which they begin, encoded; and the rest, which must be fed."""
-        events, at = b"", 0
+        events, at = list[bytes](), 0
         if self._lines.pending:
             at = data.find(b"\n\n") + 2
             if at < 2 or not self._reply.begun:
                 return b"", data
-            events = encode_events(self.feed(data[:at]))
+            events.append(encode_events(self.feed(data[:at])))
         while data.startswith(self._before, at):
             begin = at + len(self._before)
             end = data.find(b'"', begin)
@@ -4811,14 +4805,14 @@ class ReplyStream:
                 self._reply.pass_on(text.decode())
             except UnicodeDecodeError:
                 break
-            events += self._begin + text + _DELTA_END
+            events += (self._begin, text, _DELTA_END)
             at, self._tries = end + len(self._behind), 4
-        return events, data[at:]
+        return b"".join(events), data[at:]
 
     def feed(self, data: bytes, last: bool = False) -> list[Event]:
         """More bytes -> their events. `last`: nothing follows."""
         events = self._parsed(data, last)
-        self._free = _plain(self._reply.free(self._kind))
+        self._free = self._reply.free(self._kind).translate(None, _ESCAPED)
         if self._free:
             kind = self._kind
             self._begin = (_DELTA % (self._reply.index, f"{kind}_delta", kind)).encode()
@@ -4984,40 +4978,41 @@ class _Upstream:
         parts = urllib.parse.urlsplit(target.url)
         key = f"Authorization: Bearer {target.key}\r\n" * bool(target.key)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname or "", parts.port, timeout=10)
+        self._connection = kind(parts.netloc, timeout=10)
         self._request = (
             f"POST {parts.path}/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-            f"Accept: text/event-stream\r\nConnection: close\r\n{key}Content-Length: "
+            f"Accept: text/event-stream\r\nAccept-Encoding: identity\r\nConnection: close\r\n{key}Content-Length: "
         )
         self.status, self.ended, self.body = 0, False, b""  # `body`: its beginning, or the whole of an error
         self._head, self._chunks = b"", ChunkedBody()
         self._is_chunked = False
         self._client = client
-        self.connect()
-
-    def connect(self) -> None:
-        """Connect, so that the engine makes ready for a request, or connect again; `trouble` says why that did not go."""
-        self.trouble: OSError | None = None
-        self._connection.close()
-        try:
-            self._connection.connect()
-        except OSError as error:
-            self.trouble = error
+        self.asked = False  # it has the request
+        self.trouble: Exception | None = None  # for which it has not
 
     def ask(self, payload: bytes) -> None:
-        """Send the request, if it is connected; `trouble` says why that did not go."""
-        if self.trouble:
-            return
-        self._socket = self._connection.sock
+        """Connect, and send the request; `asked` and `trouble` say how that went."""
         try:
+            self._connection.close()  # of an earlier try
+            self._connection.connect()
+            self._socket = self._connection.sock
             self._socket.sendall(f"{self._request}{len(payload)}\r\n\r\n".encode() + payload)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
             self.trouble = error
+            if not self._is_refused():
+                return
+        self.asked = True
         self.now = self._look = time.monotonic()  # when `read` returned last; when to look after the client
         self._socket.settimeout(NEXT_CHUNK_SECONDS)
         self._poll = select.poll()
         for one in (self._socket, self._client):
             self._poll.register(one, select.POLLIN)
+
+    def _is_refused(self) -> bool:
+        """Whether the engine has answered though it has not the whole request: that is too large, or has the wrong key."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: nobody can peek through TLS
+            return bool(self._connection.sock and self._connection.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return False
 
     def read(self, seconds: float) -> bytes | None:
         """Read once -> the content that came; None if none came within `seconds` (or 0.1, if that is longer). `status` is 0
@@ -5138,9 +5133,9 @@ class Meter:
             threading.Thread(target=self._show, daemon=True).start()
 
     @contextlib.contextmanager
-    def measuring(self, reply: Reply, is_main: bool) -> Iterator[Measured]:
+    def measuring(self, reply: Reply, is_main: bool, began: float) -> Iterator[Measured]:
         """Measure one request, however it ends."""
-        one, outcome = Measured(reply, is_main, time.monotonic()), "error 500"
+        one, outcome = Measured(reply, is_main, began), "error 500"
         with self._lock:
             self._running.append(one)
             for other in self._running if len(self._running) > 1 else ():
@@ -5353,11 +5348,12 @@ class ProxyHandler(BaseHTTPRequestHandler):
         return count if type(count) is int else 0
 
     def _messages(self) -> None:
+        began, share = time.monotonic(), self.server.share
         with contextlib.closing(_Upstream(self.server.target, self.connection)) as upstream:
             request, translated = self._translated()
             sent, has_tools = self._payload(translated), "tools" in translated
             missing = "" if has_tools else unavailable_tool(request)
-            if not missing:
+            if not missing and not (share and share.is_started_again()):
                 upstream.ask(sent[-1])  # the rest is done while the engine works
             reply, streamed = self._new_reply(request), bool(request.get("stream"))
             self._body = b""
@@ -5366,11 +5362,12 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
                 return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
             is_main = has_tools and "x-claude-code-agent-id" not in self.headers
-            with self.server.meter.measuring(reply, is_main) as measured:
+            with self.server.meter.measuring(reply, is_main, began) as measured:
                 self._answer(streamed, measured.watching(self._batches(upstream, sent, reply, streamed)))
 
     def _payload(self, translated: Json) -> list[Any]:
-        """A request for the engine, as text and as bytes. Raises ApiError for a prompt that surely does not fit."""
+        """A request for the engine, as text and as bytes, in a list: whoever pops one frees its memory. Raises ApiError for a
+        prompt that surely does not fit."""
         window, counter, text = self.server.target.window, self.server.tokens, to_json(translated)
         data = text.encode("utf-8", "replace")
         if window and len(data) + translated["max_tokens"] > window:  # a token has a byte at least
@@ -5390,7 +5387,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
             return self._send_json(200, collect(event for events in batches for event in events))
         head = self._head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
         for events in batches:
-            self._began = True
             self._send_chunk(encode_events(events), head)
             head = b""
         self.connection.sendall(b"0\r\n\r\n")
@@ -5398,11 +5394,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def _send_chunk(self, data: bytes, head: bytes = b"") -> None:
         if self.server.debug.level >= 3:
             self.server.debug(3, f"to the client: {data.decode()}")
+        self._began = True
         self.connection.sendall(b"%s%x\r\n%s\r\n" % (head, len(data), data))
 
     def _batches(self, upstream: _Upstream, sent: list[Any], reply: Reply, streamed: bool) -> Iterator[list[Event]]:
-        """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: the payload as text and as bytes, which
-        are given back as soon as can be."""
+        """The reply's events, from when the engine serves. Raises as `_relay`. `sent`: of `_payload`."""
         try:
             yield from self._asked(upstream, sent.pop(), reply)
         except ApiError as error:
@@ -5419,15 +5415,16 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def _asked(self, upstream: _Upstream, data: bytes, reply: Reply) -> Iterator[list[Event]]:
         """Pings, until the engine has the request. Raises ApiError."""
         share, patient = self.server.share, True
-        while upstream.trouble:
-            trouble = share.trouble() if share else ""  # with 400 the client does not try again
-            if trouble or not share or not patient:
-                words = trouble or f"the engine does not answer at {self.server.target.url} ({upstream.trouble})"
-                raise ApiError(400 if trouble else 529, words)
-            patient = False
-            time.sleep(0.3)  # that it ended may not have been noticed yet
-            yield from self._held(share, reply)
-            upstream.connect()
+        while not upstream.asked:
+            if upstream.trouble:
+                trouble = share.trouble() if share else ""  # with 400 the client does not try again
+                if trouble or not share or not patient:
+                    words = trouble or f"the engine does not answer at {self.server.target.url} ({upstream.trouble})"
+                    raise ApiError(400 if trouble else 529, words)
+                patient = False
+                time.sleep(0.3)  # that it ended may not have been noticed yet
+            if share:
+                yield from self._held(share, reply)
             upstream.ask(data)
 
     def _held(self, share: EngineShare, reply: Reply) -> Iterator[list[Event]]:
@@ -5523,8 +5520,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
 class Proxy(ThreadingHTTPServer):
     """The proxy of one session, on the loopback, for those who have its token."""
 
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 128
 
     def __init__(
@@ -6938,14 +6933,16 @@ def working_folder() -> Path:
 def exit_on_signals() -> None:
     """Let TERM and HUP end the process as an exception does, so that all is stopped on the way out."""
 
-    def leave(number: int, frame: Any) -> None:
-        signal.signal(number, lambda *_: None)  # once is enough
-        raise SystemExit(128 + number)
+    numbers = [signal.SIGINT, signal.SIGTERM]  # a script's background jobs inherit INT ignored
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs inherit it ignored
-    signal.signal(signal.SIGTERM, leave)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGHUP, leave)
+    def leave(number: int, frame: Any) -> None:
+        for each in numbers:
+            signal.signal(each, lambda *_: None)  # a second one would end the way out itself
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 def as_called(fix: str) -> str:

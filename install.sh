@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=aa073edbf98e7097fdf7c756cf0a54a806cb8196eda2cb626b6219e533ddb5db
+sha256=1dd9cd09743e00f44ba2125ed28472e6a27629d5a64a3b80bfd29eda3e397d24
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

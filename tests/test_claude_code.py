@@ -231,6 +231,24 @@ def test_a_term_for_anyclaude_ends_claude_too(sandbox: Sandbox) -> None:
     assert process.returncode == 128 + signal.SIGTERM and gone(pid)
 
 
+def test_a_second_signal_does_not_leave_a_claude_that_is_slow_to_end(sandbox: Sandbox) -> None:
+    recorder(
+        sandbox,
+        "import time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'told\\n'), time.sleep(1), sys.exit()))\n"
+        "print(os.getpid(), flush=True)\nwhile True: signal.pause()",
+    )
+    process = sandbox.start("--demo")
+    assert process.stdout is not None
+    process.stdout.readline()
+    pid = int(process.stdout.readline())
+    process.terminate()
+    assert process.stdout.readline() == "told\n"
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and gone(pid)
+
+
 def test_when_claude_stops_itself_the_shell_comes_back(sandbox: Sandbox) -> None:
     recorder(sandbox, "os.kill(os.getpid(), signal.SIGSTOP); sys.exit(3)")
     process = sandbox.start("--demo")

@@ -976,7 +976,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> anyclaude.Meter
 def answered(meter: anyclaude.Meter, main: bool = True, **usage: Any) -> None:
     """A request that was answered with two chunks and this usage."""
     reply = anyclaude.Reply("Tiny", anyclaude.ToolText({}), lambda: "id")
-    with meter.measuring(reply, main) as one:
+    with meter.measuring(reply, main, time.monotonic()) as one:
         batches = iter([reply.start(), reply.feed({"choices": [{"delta": {"content": "secret words"}}]})])
         list(one.watching(batches))
         reply.feed({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage})
@@ -991,7 +991,7 @@ def requests_of(home: Path) -> list[dict[str, Any]]:
 def test_each_request_is_a_line_of_figures_without_its_text(measured: anyclaude.Meter, tmp_path: Path) -> None:
     answered(measured, prompt_tokens=400, completion_tokens=50, prompt_tokens_details={"cached_tokens": 300})
     reply = anyclaude.Reply("Tiny", anyclaude.ToolText({}), lambda: "id")
-    with pytest.raises(anyclaude.ApiError), measured.measuring(reply, False):
+    with pytest.raises(anyclaude.ApiError), measured.measuring(reply, False, time.monotonic()):
         raise anyclaude.ApiError(529, "busy with secret words")
     first, second = requests_of(tmp_path)
     expected = {"model": "Tiny", "subagent": False, "prompt_tokens": 400, "cached_tokens": 300, "output_tokens": 50}
@@ -1013,7 +1013,7 @@ def test_what_was_reused_follows_from_how_long_the_engine_read(measured: anyclau
 
 def test_what_ran_beside_another_request_tells_nothing_of_reuse(measured: anyclaude.Meter, tmp_path: Path) -> None:
     reply = anyclaude.Reply("Tiny", anyclaude.ToolText({}), lambda: "id")
-    with pytest.raises(anyclaude._ClientLeft), measured.measuring(reply, True):
+    with pytest.raises(anyclaude._ClientLeft), measured.measuring(reply, True, time.monotonic()):
         answered(measured, prompt_tokens=3000, completion_tokens=9, total_prompt_time_sec=60)
         raise anyclaude._ClientLeft
     answered(measured, prompt_tokens=600, completion_tokens=9, total_prompt_time_sec=3)  # warming up
@@ -1028,7 +1028,7 @@ def test_the_status_line_says_what_happens(measured: anyclaude.Meter, monkeypatc
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     assert measured.words() == "Tiny"
     reply = anyclaude.Reply("Tiny", anyclaude.ToolText({}), lambda: "id")
-    with measured.measuring(reply, True) as one:
+    with measured.measuring(reply, True, time.monotonic()) as one:
         reply.prompt = 420
         measured._share = SimpleNamespace(is_started_again=lambda: True)  # type: ignore[assignment]
         assert measured.words() == "Tiny | mistral.rs is started again"

@@ -200,22 +200,42 @@ def test_an_engine_that_is_down_is_an_overload_which_the_client_tries_again() ->
             assert status == 529 and json.loads(content)["error"]["type"] == "overloaded_error"
 
 
-class DeafShare:
-    """A share in an engine that runs, but listens no more."""
+class ShareThatSays:
+    """A share in an engine; `restarts`: whether that is being started again, each time it is asked."""
+
+    def __init__(self, *restarts: bool) -> None:
+        self.restarts = list(restarts)
 
     def trouble(self) -> str:
         return ""
 
+    def hear(self) -> None: ...
+
     def is_started_again(self) -> bool:
-        return False
+        return self.restarts.pop(0)
+
+
+@contextlib.contextmanager
+def proxy_with(share: ShareThatSays, port: int) -> Iterator[Proxy]:
+    target = Target(f"http://127.0.0.1:{port}/v1", "tiny")
+    with Proxy(0, target, share=cast(anyclaude.EngineShare, share)) as proxy:
+        yield proxy
 
 
 def test_an_engine_that_runs_and_does_not_listen_is_an_overload_after_a_second_try() -> None:
+    share = ShareThatSays(False, False)  # asked before each try
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        target = Target(f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
-        with Proxy(0, target, share=cast(anyclaude.EngineShare, DeafShare())) as proxy:
-            assert ask(proxy)[0] == 529
+        with proxy_with(share, taken.getsockname()[1]) as proxy:
+            assert ask(proxy)[0] == 529 and not share.restarts
+
+
+def test_while_the_engine_is_started_again_whatever_listens_there_gets_no_prompt() -> None:
+    share = ShareThatSays(*[True] * 3, False)
+    with fake_engine(lambda _: (says("x"), seen.append(len(share.restarts)))[0]) as engine:
+        seen: list[int] = []
+        with proxy_with(share, engine.server_address[1]) as proxy:
+            assert ask(proxy)[0] == 200 and seen == [0]
 
 
 OVERFLOW = "Prompt sequence length is greater than 4096, perhaps consider using `truncate_sequence`?"
@@ -314,6 +334,26 @@ def test_when_the_client_leaves_the_engine_is_left_at_once(streaming: bool, stre
         started = time.monotonic()
         assert engine.left.wait(10)
         assert time.monotonic() - started < 0.3
+
+
+@pytest.mark.parametrize("status", [413, 401])
+def test_an_engine_that_refuses_a_request_before_it_has_read_it_is_understood(status: int) -> None:
+    """Else the client would send it again and again."""
+    body = b'{"error": {"message": "no way"}}'
+
+    def refuse(engine: socket.socket) -> None:
+        connection = engine.accept()[0]
+        with connection:
+            connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+
+    with socket.create_server(("127.0.0.1", 0)) as engine:
+        thread = threading.Thread(target=refuse, args=(engine,))
+        thread.start()
+        long = [{"role": "user", "content": "x" * (12 << 20)}]
+        with proxy_for(f"http://127.0.0.1:{engine.getsockname()[1]}/v1") as proxy:
+            got, _, content = ask(proxy, body={**REQUEST, "messages": long})
+        thread.join()
+    assert got == {413: 413, 401: 400}[status] and "no way" in json.loads(content)["error"]["message"]
 
 
 def test_many_streams_at_once_do_not_mix() -> None:
@@ -455,18 +495,6 @@ def test_a_search_that_cannot_be_made_gets_an_honest_answer_without_the_engine(s
 
 def padded(words: int) -> dict[str, Any]:
     return {**REQUEST, "messages": [{"role": "user", "content": "lorem ipsum dolor " * words}]}
-
-
-def test_a_request_that_is_refused_says_nothing_to_the_engine() -> None:
-    """It may have been connected already, so that it makes ready; then it is left."""
-    with socket.create_server(("127.0.0.1", 0)) as engine:
-        with proxy_for(f"http://127.0.0.1:{engine.getsockname()[1]}/v1") as proxy:
-            assert ask(proxy, body={**REQUEST, "messages": 5})[0] == 400
-        engine.settimeout(10)
-        connection = engine.accept()[0]
-        with connection:
-            connection.settimeout(10)
-            assert connection.recv(1) == b""
 
 
 def test_a_prompt_that_cannot_fit_is_refused_without_the_engine() -> None:

@@ -294,7 +294,17 @@ def test_a_base_url_for_one_run_starts_no_engine(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h/a b", "http://h/\u00e9", "http://h/v1\r\nx: y", "http://u:p@h/v1", "ftp://h/v1"]
+    "url",
+    [
+        "http://h/a b",
+        "http://h/\u00e9",
+        "http://h/v1\r\nx: y",
+        "http://u:p@h/v1",
+        "http://:p@h/v1",
+        "http://h/v1?",
+        "http://h/#",
+        "ftp://h/v1",
+    ],
 )
 def test_a_base_url_that_could_not_be_asked_is_refused(place: Place, url: str) -> None:
     with pytest.raises(AnyclaudeError) as caught:

@@ -22,7 +22,7 @@ def parse(pieces: list[str], natural: bool = True) -> list[tuple[str, str]]:
     others = []
     for piece in pieces:
         if piece and set(piece.encode()) <= set(passed_on.free):
-            passed_on.said.append(piece)
+            passed_on.pass_on(piece)
             others.append(("text", piece))
         else:
             others += passed_on.feed(piece)
