@@ -5010,8 +5010,9 @@ class _Upstream:
 
     def _is_refused(self) -> bool:
         """Whether the engine has answered though it has not the whole request: that is too large, or has the wrong key."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: nobody can peek through TLS
-            return bool(self._connection.sock and self._connection.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # ValueError: nobody can peek through TLS
+            self._connection.sock.setblocking(False)  # AttributeError: not even connected
+            return bool(self._connection.sock.recv(1, socket.MSG_PEEK))
         return False
 
     def read(self, seconds: float) -> bytes | None:

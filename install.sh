@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=1dd9cd09743e00f44ba2125ed28472e6a27629d5a64a3b80bfd29eda3e397d24
+sha256=28bdc75c1865c323e85d9fc1526c067cb2816f985c8d1896d464f8b70f5c9ea8
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 
