@@ -5010,9 +5010,10 @@ class _Upstream:
 
     def _is_refused(self) -> bool:
         """Whether the engine has answered though it has not the whole request: that is too large, or has the wrong key."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # ValueError: nobody can peek through TLS
-            self._connection.sock.setblocking(False)  # AttributeError: not even connected
-            return bool(self._connection.sock.recv(1, socket.MSG_PEEK))
+        if self._connection.sock:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: nobody can peek through TLS
+                self._connection.sock.setblocking(False)
+                return bool(self._connection.sock.recv(1, socket.MSG_PEEK))
         return False
 
     def read(self, seconds: float) -> bytes | None:
@@ -5350,18 +5351,19 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def _messages(self) -> None:
         began, share = time.monotonic(), self.server.share
+        request, translated = self._translated()
+        sent, has_tools, streamed = self._payload(translated), "tools" in translated, bool(request.get("stream"))
+        missing = "" if has_tools else unavailable_tool(request)
+        if missing:
+            reply = self._new_reply(request)
+            answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
+            return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
         with contextlib.closing(_Upstream(self.server.target, self.connection)) as upstream:
-            request, translated = self._translated()
-            sent, has_tools = self._payload(translated), "tools" in translated
-            missing = "" if has_tools else unavailable_tool(request)
-            if not missing and not (share and share.is_started_again()):
+            if not (share and share.is_started_again()):
                 upstream.ask(sent[-1])  # the rest is done while the engine works
-            reply, streamed = self._new_reply(request), bool(request.get("stream"))
+            reply = self._new_reply(request)
             self._body = b""
             del request, translated  # a reply may take long
-            if missing:
-                answer = {"choices": [{"delta": {"content": NOT_AVAILABLE.format(missing)}, "finish_reason": "stop"}]}
-                return self._answer(streamed, iter([[*reply.feed(answer), *reply.finish(done=True)]]))
             is_main = has_tools and "x-claude-code-agent-id" not in self.headers
             with self.server.meter.measuring(reply, is_main, began) as measured:
                 self._answer(streamed, measured.watching(self._batches(upstream, sent, reply, streamed)))
@@ -6932,8 +6934,7 @@ def working_folder() -> Path:
 
 
 def exit_on_signals() -> None:
-    """Let TERM and HUP end the process as an exception does, so that all is stopped on the way out."""
-
+    """Let INT, TERM and HUP end the process as an exception does, so that all is stopped on the way out. The first decides."""
     numbers = [signal.SIGINT, signal.SIGTERM]  # a script's background jobs inherit INT ignored
     numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup
 

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=28bdc75c1865c323e85d9fc1526c067cb2816f985c8d1896d464f8b70f5c9ea8
+sha256=6af8ecd2659ab3cdb24e674fde6dbb7d3512c9febd846ffcc03762046883fedd
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -200,6 +200,12 @@ def test_an_engine_that_is_down_is_an_overload_which_the_client_tries_again() ->
             assert status == 529 and json.loads(content)["error"]["type"] == "overloaded_error"
 
 
+def test_an_engine_whose_name_no_host_can_have_is_an_overload_too() -> None:
+    with proxy_for(f"http://{'a' * 64}/v1") as proxy:
+        status, _, content = ask(proxy)
+        assert status == 529 and "does not answer at http://aaa" in json.loads(content)["error"]["message"]
+
+
 class ShareThatSays:
     """A share in an engine; `restarts`: whether that is being started again, each time it is asked."""
 
