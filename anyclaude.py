@@ -59,7 +59,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 try:
     import fcntl
@@ -4600,11 +4600,14 @@ class Reply:
             return b""
         return self._text.free if kind == "text" else ANY_BYTE
 
-    def pass_on(self, text: str) -> None:
-        """Take such a text."""
-        self._output += 1
+    def pass_on(self, texts: Sequence[str]) -> list[Event]:
+        """Take such texts, one a chunk."""
+        self._output += len(texts)
+        text = "".join(texts)
         if self._block == "text":
             self._text.pass_on(text)
+        self._delta(f"{self._block}_delta", **{self._block: text})
+        return self._take()
 
     def finish(self, done: bool) -> list[Event]:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
@@ -4755,11 +4758,6 @@ def _continues(delta: Json, function: Json, call: Json) -> bool:
     return not (function.get("name") and call.get("name"))  # nothing tells it but that it has no name again
 
 
-_DELTA = (
-    'event: content_block_delta\ndata: {"type": "content_block_delta", "index": %d, "delta": {"type": "%s", "%s": "'
-)
-_DELTA_END = b'"}}\n\n'
-
 _ESCAPED = bytes(range(0x20)) + b'"\\'  # do not stand for themselves in a JSON string
 
 
@@ -4773,52 +4771,80 @@ def _lone_text(payload: str) -> TextEvent | None:
     return texts[0] if len(told) == len(texts) == 1 and not chunk.get("usage") else None
 
 
+class KnownChunk(NamedTuple):
+    """A chunk of the engine that is like one before but for its text: `before`, a text of `free` bytes only, `behind`.
+    `event`: what the client gets for it, %b in place of the text."""
+
+    before: bytes
+    free: bytes
+    behind: bytes
+    event: bytes
+
+    def partition(self, data: bytes) -> tuple[bytes, bytes, bytes]:
+        """Bytes -> (what stands before such a chunk, its text, what stands behind it); the text is empty if there is none."""
+        head, _, rest = data.partition(self.before)
+        text, _, tail = rest.partition(self.behind)
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            text = b""
+        return head, b"" if text.lstrip(self.free) else text, tail
+
+    def texts_in(self, data: bytes) -> tuple[list[str], bytes]:
+        """Bytes -> the texts of such chunks with which they begin, and the rest."""
+        texts, at = list[str](), 0
+        for event in data.split(b"\n\n")[:-1]:
+            head, text, tail = self.partition(event + b"\n\n")
+            if head or not text or tail:
+                break
+            texts.append(text.decode())
+            at += len(event) + 2
+        return texts, data[at:]
+
+
 class ReplyStream:
     """The engine's answer, bytes cut anywhere -> the events of `reply`. `window`: in tokens, for an error's words.
 
-    Nearly every chunk differs from one before in its text alone. It is known by the bytes around that, and its event is made
-    without parsing it (`pass_on`): at 200 chunks a second, each finds cold caches, and parsing it would take longer than all
-    the rest."""
+    Nearly every chunk differs from one before in its text alone. How such a one looks is `known`, and it need not be parsed
+    (`pass_on`): at 200 chunks a second, each finds cold caches, and parsing it would take longer than all the rest."""
 
     def __init__(self, reply: Reply, window: int = 0) -> None:
         self._reply, self._window, self._lines = reply, window, EventStream()
         self._kind = ""  # of the text in the chunk that is known
-        self._before, self._behind = b"no chunk", b""  # what stands around it
-        self._free, self._begin = b"", b""  # of what bytes the text may consist now; how its event begins
+        self._before, self._behind = b"", b""  # what stands around it
         self._tries = 4  # to know one; some engines may write them all differently
+        self._known: KnownChunk | None = None
 
-    def pass_on(self, data: bytes) -> tuple[bytes, bytes]:
-        """More bytes -> the events of the known chunks with which they begin, encoded; and the rest, which must be fed."""
-        events, at = list[bytes](), 0
-        if self._lines.pending:
-            at = data.find(b"\n\n") + 2
-            if at < 2 or not self._reply.begun:
-                return b"", data
-            events.append(encode_events(self.feed(data[:at])))
-        while data.startswith(self._before, at):
-            begin = at + len(self._before)
-            end = data.find(b'"', begin)
-            text = data[begin:end]
-            if not text or text.translate(None, self._free) or not data.startswith(self._behind, end):
-                break
-            try:
-                self._reply.pass_on(text.decode())
-            except UnicodeDecodeError:
-                break
-            events += (self._begin, text, _DELTA_END)
-            at, self._tries = end + len(self._behind), 4
-        return b"".join(events), data[at:]
+    @property
+    def known(self) -> KnownChunk | None:
+        """How the next chunk would look if it needs no parsing: `pass_on` is enough for its text."""
+        return None if self._lines.pending else self._known
+
+    def pass_on(self, texts: Sequence[str]) -> list[Event]:
+        """Take texts of such chunks."""
+        self._tries = 4
+        return self._reply.pass_on(texts)
 
     def feed(self, data: bytes, last: bool = False) -> list[Event]:
         """More bytes -> their events. `last`: nothing follows."""
-        events = self._parsed(data, last)
-        self._free = self._reply.free(self._kind).translate(None, _ESCAPED)
-        if self._free:
-            kind = self._kind
-            self._begin = (_DELTA % (self._reply.index, f"{kind}_delta", kind)).encode()
+        events: list[Event] = []
+        if self._lines.pending:
+            line, end, data = data.partition(b"\n\n")
+            events = self._parsed(line + end)
+        texts, data = self.known.texts_in(data) if self.known else ([], data)
+        events += self.pass_on(texts) if texts else ()
+        return events + (self._parsed(data, last) if data or last else [])
+
+    def _parsed(self, data: bytes, last: bool = False) -> list[Event]:
+        """The same, all lines parsed."""
+        events, kind = self._read(data, last), self._kind
+        free = self._reply.free(kind).translate(None, _ESCAPED)
+        delta = {"type": f"{kind}_delta", kind: "%b"}
+        event = encode_events([{"type": "content_block_delta", "index": self._reply.index, "delta": delta}])
+        self._known = KnownChunk(self._before, free, self._behind, event) if free else None
         return events
 
-    def _parsed(self, data: bytes, last: bool) -> list[Event]:
+    def _read(self, data: bytes, last: bool) -> list[Event]:
         events: list[Event] = []
         payloads = self._lines.feed(data + b"\n" * last)  # the last line may lack its end
         for payload in payloads:
@@ -4937,12 +4963,13 @@ class ChunkedBody:
         self._rest = b""
         self._left = 0  # of the chunk that is being read, with the line end behind it
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the next byte begins a chunk."""
+        return not (self._rest or self._left or self.ended)
+
     def feed(self, data: bytes) -> bytes:
         """More bytes -> the content in them."""
-        head, _, content = data.partition(b"\r\n")
-        whole = len(content) > 2 and not (self._rest or self._left or self.ended)
-        if whole and head.isalnum() and int(head, 16) == len(content) - 2:  # most often it is one chunk
-            return content[:-2]
         data, at, out = self._rest + data, 0, []
         while not self.ended:
             if self._left:
@@ -4986,6 +5013,7 @@ class _Upstream:
         self.status, self.ended, self.body = 0, False, b""  # `body`: its beginning, or the whole of an error
         self._head, self._chunks = b"", ChunkedBody()
         self._is_chunked = False
+        self._ahead = b""  # was read, and is not yet taken
         self._client = client
         self.asked = False  # it has the request
         self.trouble: Exception | None = None  # for which it has not
@@ -5023,7 +5051,7 @@ class _Upstream:
             self._wait(0)
         try:
             try:
-                data = self._socket.recv(1 << 16)
+                data, self._ahead = self._ahead or self._socket.recv(1 << 16), b""
             except socket.timeout:
                 if not self._wait(seconds - NEXT_CHUNK_SECONDS):
                     return None
@@ -5034,6 +5062,35 @@ class _Upstream:
             return b""
         except (OSError, ValueError, IndexError) as error:
             raise _EngineLost(f"the connection to the engine broke: {error!r}") from None
+
+    def pass_on(self, stream: ReplyStream) -> bool:
+        """Send on to the client what `stream` knows, as long as each read is one such chunk, and for NEXT_CHUNK_SECONDS at most
+        -> whether there was one. What else was read is left for `read`. Raises _ClientLeft.
+
+        The loop is short in what it calls, not in lines: at 200 chunks a second each finds cold caches."""
+        if self.now >= self._look:
+            self._wait(0)
+        passed, known, until = False, stream.known, self.now + NEXT_CHUNK_SECONDS
+        if not known or self._ahead or not self._is_chunked or not self._chunks.is_between:
+            return False
+        event, around = b"%x\r\n" + known.event + b"\r\n", len(known.event) - len(b"%b")
+        while self.now < until:
+            try:
+                data = self._socket.recv(1 << 16)
+            except OSError:  # or no time is left: `read` sees which
+                self.now = time.monotonic()
+                break
+            head, text, tail = known.partition(data)
+            if not text or tail != b"\r\n" or head.lower() != b"%x\r\n" % (len(data) - len(head) - 2):
+                self._ahead = data
+                break
+            try:
+                self._client.sendall(event % (around + len(text), text))
+            except OSError:
+                raise _ClientLeft from None
+            stream.pass_on([text.decode()])
+            self.now, passed = time.monotonic(), True
+        return passed
 
     def _content(self, data: bytes) -> bytes:
         """The content in the bytes that were read."""
@@ -5454,16 +5511,19 @@ class ProxyHandler(BaseHTTPRequestHandler):
         heard = said = upstream.now
         while not reply.ended:
             patience = PING_SECONDS if begun else FIRST_WORD_SECONDS
-            events, passed_on = [], b""
+            events = []
             try:
+                if streamed and upstream.pass_on(stream):
+                    heard = said = upstream.now
+                    if share:
+                        share.hear()
+                    continue
                 data = upstream.read(said + patience - upstream.now)
                 if data is not None:
                     heard = upstream.now
                     if share:
                         share.hear()
-                    passed_on, data = stream.pass_on(data) if streamed else (b"", data)
-                    if data or upstream.ended or not passed_on:
-                        events = self._events(upstream, stream, data)
+                    events = self._events(upstream, stream, data)
                 elif reply.reason:  # it is whole, though the engine neither says so nor leaves
                     events = reply.finish(done=True)
                 elif upstream.now - heard > stall:
@@ -5479,9 +5539,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
             except Exception as error:  # noqa: BLE001  a defect here must not leave the client without an end
                 self.server.debug(1, traceback.format_exc)
                 events = reply.fail(ApiError(500, f"anyclaude: {error!r}"))
-            if passed_on:
-                said = upstream.now
-                self._send_chunk(passed_on)
             if not events and upstream.now - said >= patience:
                 events = [*reply.start(), {"type": "ping"}]
             if events and not begun and events[0]["type"] == "error":

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=6af8ecd2659ab3cdb24e674fde6dbb7d3512c9febd846ffcc03762046883fedd
+sha256=164c5e31d3aa0824cdee7269a58d4f0d5587faa4474030cd617006c630700d4b
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import ssl
@@ -340,6 +341,142 @@ def test_when_the_client_leaves_the_engine_is_left_at_once(streaming: bool, stre
         started = time.monotonic()
         assert engine.left.wait(10)
         assert time.monotonic() - started < 0.3
+
+
+def framed(content: str, size: str = "%x") -> bytes:
+    """A chunk of an HTTP body."""
+    data = content.encode()
+    return (size % len(data)).encode() + b"\r\n" + data + b"\r\n"
+
+
+def in_turn(reads: list[bytes]) -> tuple[list[dict[str, Any]], bytes]:
+    """An engine sends these, each when the client has what came before -> the client's events, and what was parsed."""
+    seen, parsed, feed, got = b"", list[bytes](), anyclaude.ReplyStream.feed, threading.Event()
+
+    def serve() -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.recv(1 << 20)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for read in reads:
+                got.clear()
+                connection.sendall(read)
+                got.wait(0.05)  # what is not whole is not told
+
+    def noted(stream: anyclaude.ReplyStream, data: bytes, last: bool = False) -> list[dict[str, Any]]:
+        parsed.append(data)
+        return feed(stream, data, last)
+
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
+        patch.setattr(anyclaude.ReplyStream, "feed", noted)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+            with connect(proxy, {**REQUEST, "stream": True}) as connection:
+                while not seen.endswith(b"\r\n0\r\n\r\n"):
+                    seen += connection.recv(1 << 16)
+                    got.set()
+            thread.join()
+    events = events_of(anyclaude.ChunkedBody().feed(seen.partition(b"\r\n\r\n")[2]))
+    assert_legal(events)
+    return events, b"".join(parsed)
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+
+
+ENDS = [framed(chunk("", "stop")), framed("data: [DONE]\n\n") + b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("size", ["%x", "%X"])  # mistral.rs' HTTP library writes large letters
+def test_a_chunk_like_one_before_goes_to_the_client_unparsed(size: str) -> None:
+    first, *others = (
+        framed(chunk("TEXT").replace("TEXT", word), size) for word in ["one", " two", " \u00fc\u4e2d", "4%b"]
+    )
+    events, parsed = in_turn([first, *others, *ENDS])
+    assert text_of(events) == "one two \u00fc\u4e2d4%b" and events[-2]["usage"]["output_tokens"] == 4
+    assert b"one" in parsed and not any(word.encode() in parsed for word in ["two", "\u00fc", "4%b"])
+
+
+ONE, TWO = framed(chunk("one")), framed(chunk("two"))
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [framed(chunk("one"), "00%x"), TWO],
+        [framed(chunk("one"), "%x;a=b"), TWO],
+        [ONE + TWO],
+        [framed(chunk("one") + chunk("two"))],
+        [ONE + TWO[:9], TWO[9:]],
+        *(
+            [(ONE + TWO)[:cut], (ONE + TWO)[cut:]]
+            for cut in (1, 2, 3, 4, 20, 70, len(ONE) - 2, len(ONE) - 1, len(ONE) + 2)
+        ),
+        [framed(chunk("one")[:-1]), framed("\n" + chunk("two"))],
+        [framed(": comment\n\n" + chunk("one")), TWO],
+        [framed(chunk("one", something="else")), TWO],
+        [framed(chunk("one", refusal=None).replace('"one"', '"\\u006fne"')), TWO],
+    ],
+)
+def test_known_chunks_in_any_frame_and_cut_anywhere_say_the_same(reads: list[bytes]) -> None:
+    events, _ = in_turn([framed(chunk("first ")), framed(chunk("second ")), *reads, framed(chunk(" last")), *ENDS])
+    assert text_of(events) == "first second onetwo last" and events[-1]["type"] == "message_stop"
+
+
+@pytest.mark.parametrize("size", ["1", "-%x", "0", "x%x", "", "%x\r\n"])
+def test_a_known_chunk_in_a_wrong_frame_is_no_text_but_an_error(size: str) -> None:
+    size = size % len(chunk("one")) if "%" in size else size
+    events, _ = in_turn([framed(chunk("first ")), size.encode() + ONE[ONE.index(b"\r\n") :]])
+    assert text_of(events) == "first " and events[-1]["type"] == "error"
+
+
+def test_in_a_long_run_of_known_chunks_no_ping_comes_and_behind_it_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.3)
+    pinged = threading.Event()
+
+    def answer() -> Iterator[str]:
+        for _ in range(60):
+            yield chunk("word ")
+            time.sleep(0.01)
+        assert pinged.wait(10)
+        yield from says("end")
+
+    with serving(answer()) as (proxy, _), connect(proxy, {**REQUEST, "stream": True}) as connection:
+        seen = b""
+        while b"event: message_stop" not in seen:
+            seen += connection.recv(1 << 16)
+            if b"event: ping" in seen:
+                assert seen.count(b"word ") == 60
+                pinged.set()
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.09, 0.11, 5])
+def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: float) -> None:
+    left = threading.Event()
+
+    def serve() -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.recv(1 << 20)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for number in range(1000):
+                connection.sendall(framed(chunk("word ")))
+                if select.select([connection], [], [], 0.01 if number < 3 else pause)[0]:
+                    break
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+            connection, seen = connect(proxy, {**REQUEST, "stream": True}), b""
+            while seen.count(b"word ") < 4:
+                seen += connection.recv(1 << 16)
+            connection.close()
+            started = time.monotonic()
+            assert left.wait(10)
+            assert time.monotonic() - started < 0.3
+            thread.join()
 
 
 @pytest.mark.parametrize("status", [413, 401])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -572,13 +573,41 @@ def events_in(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(event.partition("\ndata: ")[2]) for event in data.decode().split("\n\n")[:-1]]
 
 
+def merged(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same events, neighbouring deltas of a text put together."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        delta = event.get("delta", {})
+        if found and delta.get("type") in ("text_delta", "thinking_delta") and found[-1]["type"] == event["type"]:
+            (kind,) = delta.keys() - {"type"}
+            found[-1] = {**event, "delta": {**delta, kind: found[-1]["delta"][kind] + delta[kind]}}
+        else:
+            found.append(event)
+    return found
+
+
 def handed_on(reads: list[bytes], **options: Any) -> tuple[list[dict[str, Any]], int]:
-    """What the client gets of an engine's reads, and how many of its events were made without parsing."""
-    stream, sent, passed_on = ReplyStream(new_reply(**options)), b"", 0
+    """What the client gets of an engine's reads, and how many chunks were not parsed for it."""
+    stream, events, unparsed = ReplyStream(new_reply(**options)), list[dict[str, Any]](), 0
     for data in reads:
-        known, rest = stream.pass_on(data)
-        sent, passed_on = sent + known + encode_events(stream.feed(rest)), passed_on + known.count(b"event: ")
-    return events_in(sent + encode_events(stream.feed(b"", last=True))), passed_on
+        known = stream.known
+        head, text, tail = known.partition(data) if known else (b"", b"", b"")
+        if known and text and not head and not tail:
+            made = events_in(known.event % text)
+            assert made == stream.pass_on([text.decode()])
+            events, unparsed = events + made, unparsed + 1
+        else:
+            unparsed += len(known.texts_in(data)[0]) if known else 0
+            events += stream.feed(data)
+    return merged(events_in(encode_events(events + stream.feed(b"", last=True)))), unparsed
+
+
+def parsed(data: bytes, **options: Any) -> list[dict[str, Any]]:
+    """The same when each chunk is parsed: none comes whole."""
+    stream, events = ReplyStream(new_reply(**options)), list[dict[str, Any]]()
+    for event in data.split(b"\n\n"):
+        events += [*stream.feed(event), *stream.feed(b"\n\n")]
+    return merged(events_in(encode_events(events + stream.feed(b"", last=True))))
 
 
 # How engines write a text: mistral.rs, vLLM, llama.cpp (with the time of each chunk), reasoning; and chunks in which
@@ -627,36 +656,32 @@ def test_a_chunk_that_is_not_parsed_says_what_it_says_parsed(
     data, ends = b"".join(lines), [0, *itertools.accumulate(map(len, lines))]
     marks = sorted({min(end + cut, len(data)) for end in ends if end} | {0, *(ends if both else ())} | {len(data)})
     reads = [data[begin:end] for begin, end in zip(marks, marks[1:])]
-    stream, parsed = ReplyStream(new_reply(**options)), b""
-    for read in reads:
-        parsed += encode_events(stream.feed(read))
-    assert handed_on(reads, **options)[0] == events_in(parsed + encode_events(stream.feed(b"", last=True)))
+    assert handed_on(reads, **options)[0] == parsed(data, **options)
 
 
 def test_half_a_line_before_a_known_chunk_is_not_lost() -> None:
     events, _ = handed_on([line(0, "a"), line(0, "b"), b"data: ", line(0, "c") + line(0, "d")])
     assert events[-1]["type"] == "error"  # that line is no JSON
-    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["a", "b"]
+    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["ab"]
 
 
-@pytest.mark.parametrize(("inside", "said"), [(b'b", "x": "', "b"), (b"b\t", None), (b"b\\t", "b\t")])
-def test_what_is_no_single_plain_text_is_parsed(inside: bytes, said: str | None) -> None:
+@pytest.mark.parametrize(("inside", "said"), [(b'b", "x": "', "b"), (b"b\t", ""), (b"b\\t", "b\t")])
+def test_what_is_no_single_plain_text_is_parsed(inside: bytes, said: str) -> None:
     """A field more, a character that JSON does not have, an escape."""
     events, passed_on = handed_on([line(1, "a"), line(1, "z").replace(b"z", inside)])
     assert passed_on == 0
-    delta = {"type": "text_delta", "text": said}
-    assert ({"type": "content_block_delta", "index": 0, "delta": delta} in events) == (said is not None)
+    assert {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "a" + said}} in events
 
 
 def test_a_line_that_begins_in_the_read_of_a_chunk_is_not_lost() -> None:
     a, b, c, d, e = (line(0, text) for text in "abcde")
     events, _ = handed_on([a + b"data: ", b[6:], c + b"data: ", d[6:], e])
-    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == list("abcde")
+    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["abcde"]
 
 
 def test_a_stop_that_comes_in_two_known_chunks_ends_the_reply() -> None:
     events, _ = handed_on([*(line(0, text) for text in "xyabz"), b"data: [DONE]\n\n"], stops=("ab",))
-    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["x", "y"]
+    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["xy"]
     assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "ab"}
 
 
