@@ -4783,12 +4783,12 @@ class KnownChunk(NamedTuple):
     def partition(self, data: bytes) -> tuple[bytes, bytes, bytes]:
         """Bytes -> (what stands before such a chunk, its text, what stands behind it); the text is empty if there is none."""
         head, _, rest = data.partition(self.before)
-        text, _, tail = rest.partition(self.behind)
+        text, found, tail = rest.partition(self.behind)
         try:
             text.decode()
         except UnicodeDecodeError:
-            text = b""
-        return head, b"" if text.lstrip(self.free) else text, tail
+            found = b""
+        return head, text if found and not text.lstrip(self.free) else b"", tail
 
     def texts_in(self, data: bytes) -> tuple[list[str], bytes]:
         """Bytes -> the texts of such chunks with which they begin, and the rest."""

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=164c5e31d3aa0824cdee7269a58d4f0d5587faa4474030cd617006c630700d4b
+sha256=8a947593bd6bf07ad2f1a02b9ef298345533b2e00b61eed00148b7896eb7b9e3
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

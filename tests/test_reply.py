@@ -659,6 +659,16 @@ def test_a_chunk_that_is_not_parsed_says_what_it_says_parsed(
     assert handed_on(reads, **options)[0] == parsed(data, **options)
 
 
+def test_a_known_chunk_cut_anywhere_is_said_once() -> None:
+    first, second = line(3, "one "), line(3, "two")
+    for cut in range(len(second) + 1):
+        events, unparsed = handed_on([first, second[:cut], second[cut:]])
+        assert [event["delta"] for event in events if event["type"] == "content_block_delta"] == [
+            {"type": "thinking_delta", "thinking": "one two"}
+        ]
+        assert unparsed == (cut in (0, len(second)))
+
+
 def test_half_a_line_before_a_known_chunk_is_not_lost() -> None:
     events, _ = handed_on([line(0, "a"), line(0, "b"), b"data: ", line(0, "c") + line(0, "d")])
     assert events[-1]["type"] == "error"  # that line is no JSON
