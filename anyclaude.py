@@ -4518,7 +4518,7 @@ class Reply:
         self._events: list[Event] = []
         self._state = "new"  # -> "open" -> "ended"
         self._block = ""  # the type of the open block
-        self.index = -1  # of the block that was opened last
+        self._index = -1  # of the block that was opened last
         self._space = ""  # white space that shows only if text follows
         self._calls = 0
         self._muted = False  # the call behind the only one that is allowed has begun
@@ -4544,7 +4544,7 @@ class Reply:
     @property
     def writes(self) -> bool:
         """Whether the model has begun to write."""
-        return self.index >= 0
+        return self._index >= 0
 
     @property
     def usage(self) -> Json:
@@ -4600,14 +4600,18 @@ class Reply:
             return b""
         return self._text.free if kind == "text" else ANY_BYTE
 
-    def pass_on(self, texts: Sequence[str]) -> list[Event]:
-        """Take such texts, one a chunk."""
+    def pass_on(self, texts: Sequence[str]) -> Event:
+        """Take such texts, one a chunk -> their one event."""
         self._output += len(texts)
         text = "".join(texts)
         if self._block == "text":
             self._text.pass_on(text)
-        self._delta(f"{self._block}_delta", **{self._block: text})
-        return self._take()
+        return self.longer(text)
+
+    def longer(self, text: str) -> Event:
+        """What makes the open block, of text or thinking, longer by `text`."""
+        delta = {"type": f"{self._block}_delta", self._block: text}
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
     def finish(self, done: bool) -> list[Event]:
         """The engine's stream is over; `done`: it said so, and was not cut off."""
@@ -4725,15 +4729,15 @@ class Reply:
         if self._block != kind:
             self._close()
             self._block = kind
-            self.index += 1
-            self._emit("content_block_start", index=self.index, content_block={"type": kind, **content})
+            self._index += 1
+            self._emit("content_block_start", index=self._index, content_block={"type": kind, **content})
 
     def _delta(self, kind: str, **content: Any) -> None:
-        self._emit("content_block_delta", index=self.index, delta={"type": kind, **content})
+        self._emit("content_block_delta", index=self._index, delta={"type": kind, **content})
 
     def _close(self) -> None:
         if self._block:
-            self._emit("content_block_stop", index=self.index)
+            self._emit("content_block_stop", index=self._index)
         self._block = self._space = ""
 
 
@@ -4792,14 +4796,13 @@ class KnownChunk(NamedTuple):
 
     def texts_in(self, data: bytes) -> tuple[list[str], bytes]:
         """Bytes -> the texts of such chunks with which they begin, and the rest."""
-        texts, at = list[str](), 0
-        for event in data.split(b"\n\n")[:-1]:
-            head, text, tail = self.partition(event + b"\n\n")
-            if head or not text or tail:
-                break
+        texts: list[str] = []
+        while True:
+            head, text, rest = self.partition(data)
+            if head or not text:
+                return texts, data
             texts.append(text.decode())
-            at += len(event) + 2
-        return texts, data[at:]
+            data = rest
 
 
 class ReplyStream:
@@ -4813,38 +4816,33 @@ class ReplyStream:
         self._kind = ""  # of the text in the chunk that is known
         self._before, self._behind = b"", b""  # what stands around it
         self._tries = 4  # to know one; some engines may write them all differently
-        self._known: KnownChunk | None = None
 
     @property
     def known(self) -> KnownChunk | None:
-        """How the next chunk would look if it needs no parsing: `pass_on` is enough for its text."""
-        return None if self._lines.pending else self._known
+        """How the next chunk would look if it needs no parsing: `pass_on` is enough for its text, until something is fed."""
+        free = b"" if self._lines.pending else self._reply.free(self._kind).translate(None, _ESCAPED)
+        if not free:
+            return None
+        return KnownChunk(self._before, free, self._behind, encode_events([self._reply.longer("%b")]))
 
-    def pass_on(self, texts: Sequence[str]) -> list[Event]:
-        """Take texts of such chunks."""
+    def pass_on(self, texts: Sequence[str]) -> Event:
+        """Take texts of such chunks -> their one event."""
         self._tries = 4
         return self._reply.pass_on(texts)
 
     def feed(self, data: bytes, last: bool = False) -> list[Event]:
-        """More bytes -> their events. `last`: nothing follows."""
+        """More bytes -> their events; known chunks that come together have one. `last`: nothing follows."""
         events: list[Event] = []
         if self._lines.pending:
             line, end, data = data.partition(b"\n\n")
             events = self._parsed(line + end)
-        texts, data = self.known.texts_in(data) if self.known else ([], data)
-        events += self.pass_on(texts) if texts else ()
+        known = self.known
+        texts, data = known.texts_in(data) if known else ([], data)
+        events += [self.pass_on(texts)] if texts else []
         return events + (self._parsed(data, last) if data or last else [])
 
     def _parsed(self, data: bytes, last: bool = False) -> list[Event]:
         """The same, all lines parsed."""
-        events, kind = self._read(data, last), self._kind
-        free = self._reply.free(kind).translate(None, _ESCAPED)
-        delta = {"type": f"{kind}_delta", kind: "%b"}
-        event = encode_events([{"type": "content_block_delta", "index": self._reply.index, "delta": delta}])
-        self._known = KnownChunk(self._before, free, self._behind, event) if free else None
-        return events
-
-    def _read(self, data: bytes, last: bool) -> list[Event]:
         events: list[Event] = []
         payloads = self._lines.feed(data + b"\n" * last)  # the last line may lack its end
         for payload in payloads:
@@ -4995,6 +4993,10 @@ class _EngineLost(Exception):
     """The engine broke off, in words."""
 
 
+def _broken(error: Exception) -> _EngineLost:
+    return _EngineLost(f"the connection to the engine broke: {error!r}")
+
+
 class _Upstream:
     """One streamed chat completion of the engine, read while the client is watched: when that leaves, in prefill too,
     the engine's connection is closed, which is how it learns to stop.
@@ -5030,7 +5032,9 @@ class _Upstream:
             if not self._is_refused():
                 return
         self.asked = True
-        self.now = self._look = time.monotonic()  # when `read` returned last; when to look after the client
+        self.now = self._look = (
+            time.monotonic()
+        )  # when something was read last, or in vain; when to look after the client
         self._socket.settimeout(NEXT_CHUNK_SECONDS)
         self._poll = select.poll()
         for one in (self._socket, self._client):
@@ -5061,25 +5065,28 @@ class _Upstream:
         except socket.timeout:  # what came was TLS' own
             return b""
         except (OSError, ValueError, IndexError) as error:
-            raise _EngineLost(f"the connection to the engine broke: {error!r}") from None
+            raise _broken(error) from None
 
     def pass_on(self, stream: ReplyStream) -> bool:
         """Send on to the client what `stream` knows, as long as each read is one such chunk, and for NEXT_CHUNK_SECONDS at most
-        -> whether there was one. What else was read is left for `read`. Raises _ClientLeft.
+        -> whether there was one. What else was read is left for `read`. Raises as that.
 
-        The loop is short in what it calls, not in lines: at 200 chunks a second each finds cold caches."""
-        if self.now >= self._look:
-            self._wait(0)
-        passed, known, until = False, stream.known, self.now + NEXT_CHUNK_SECONDS
+        Before a chunk is sent little is called: at 200 chunks a second each finds cold caches."""
+        passed, known = False, stream.known
         if not known or self._ahead or not self._is_chunked or not self._chunks.is_between:
             return False
+        if self.now >= self._look:
+            self._wait(0)
+        until = self.now + NEXT_CHUNK_SECONDS
         event, around = b"%x\r\n" + known.event + b"\r\n", len(known.event) - len(b"%b")
         while self.now < until:
             try:
                 data = self._socket.recv(1 << 16)
-            except OSError:  # or no time is left: `read` sees which
+            except socket.timeout:
                 self.now = time.monotonic()
                 break
+            except OSError as error:
+                raise _broken(error) from None
             head, text, tail = known.partition(data)
             if not text or tail != b"\r\n" or head.lower() != b"%x\r\n" % (len(data) - len(head) - 2):
                 self._ahead = data
@@ -5088,7 +5095,7 @@ class _Upstream:
                 self._client.sendall(event % (around + len(text), text))
             except OSError:
                 raise _ClientLeft from None
-            stream.pass_on([text.decode()])
+            stream.pass_on([text.decode()])  # its event is sent
             self.now, passed = time.monotonic(), True
         return passed
 

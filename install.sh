@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=8a947593bd6bf07ad2f1a02b9ef298345533b2e00b61eed00148b7896eb7b9e3
+sha256=c1d1780ecb1c6f5f5501d48c25ab42f6be8c26421b51439194f437d352431ec3
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -12,6 +12,7 @@ import select
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -343,6 +344,12 @@ def test_when_the_client_leaves_the_engine_is_left_at_once(streaming: bool, stre
         assert time.monotonic() - started < 0.3
 
 
+def received(connection: socket.socket) -> bytes:
+    data = connection.recv(1 << 16)
+    assert data, "the proxy closed the connection"
+    return data
+
+
 def framed(content: str, size: str = "%x") -> bytes:
     """A chunk of an HTTP body."""
     data = content.encode()
@@ -360,7 +367,7 @@ def in_turn(reads: list[bytes]) -> tuple[list[dict[str, Any]], bytes]:
             for read in reads:
                 got.clear()
                 connection.sendall(read)
-                got.wait(0.05)  # what is not whole is not told
+                got.wait(10 if b"}\n\n\r\n" in read else 0.05)  # what is not whole is not told
 
     def noted(stream: anyclaude.ReplyStream, data: bytes, last: bool = False) -> list[dict[str, Any]]:
         parsed.append(data)
@@ -373,7 +380,7 @@ def in_turn(reads: list[bytes]) -> tuple[list[dict[str, Any]], bytes]:
         with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
             with connect(proxy, {**REQUEST, "stream": True}) as connection:
                 while not seen.endswith(b"\r\n0\r\n\r\n"):
-                    seen += connection.recv(1 << 16)
+                    seen += received(connection)
                     got.set()
             thread.join()
     events = events_of(anyclaude.ChunkedBody().feed(seen.partition(b"\r\n\r\n")[2]))
@@ -409,6 +416,7 @@ ONE, TWO = framed(chunk("one")), framed(chunk("two"))
         [ONE + TWO],
         [framed(chunk("one") + chunk("two"))],
         [ONE + TWO[:9], TWO[9:]],
+        [ONE + b"%x\r\n" % len(TWO), TWO, b"\r\n"],  # a frame that is the content of one that was begun before
         *(
             [(ONE + TWO)[:cut], (ONE + TWO)[cut:]]
             for cut in (1, 2, 3, 4, 20, 70, len(ONE) - 2, len(ONE) - 1, len(ONE) + 2)
@@ -433,26 +441,30 @@ def test_a_known_chunk_in_a_wrong_frame_is_no_text_but_an_error(size: str) -> No
 
 def test_in_a_long_run_of_known_chunks_no_ping_comes_and_behind_it_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.3)
-    pinged = threading.Event()
+    pinged, last = threading.Event(), [0.0]
 
     def answer() -> Iterator[str]:
         for _ in range(60):
             yield chunk("word ")
             time.sleep(0.01)
+        last[0] = time.monotonic() - 0.01
         assert pinged.wait(10)
         yield from says("end")
 
     with serving(answer()) as (proxy, _), connect(proxy, {**REQUEST, "stream": True}) as connection:
         seen = b""
         while b"event: message_stop" not in seen:
-            seen += connection.recv(1 << 16)
+            seen += received(connection)
             if b"event: ping" in seen:
                 assert seen.count(b"word ") == 60
+                assert pinged.is_set() or time.monotonic() - last[0] > 0.25
                 pinged.set()
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("pause", [0.01, 0.09, 0.11, 5])
-def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: float) -> None:
+def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: float, half: bool) -> None:
+    """`half`: it still listens, so that what is sent does not fail."""
     left = threading.Event()
 
     def serve() -> None:
@@ -471,12 +483,78 @@ def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: flo
         with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
             connection, seen = connect(proxy, {**REQUEST, "stream": True}), b""
             while seen.count(b"word ") < 4:
-                seen += connection.recv(1 << 16)
-            connection.close()
+                seen += received(connection)
+            connection.shutdown(socket.SHUT_WR) if half else connection.close()
             started = time.monotonic()
             assert left.wait(10)
             assert time.monotonic() - started < 0.3
+            connection.close()
             thread.join()
+
+
+@pytest.mark.parametrize("pause", [0.02, 0.12, 0.3])
+def test_an_engine_that_dies_between_known_chunks_is_told_as_that(pause: float) -> None:
+    def serve() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(1 << 20)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(4):
+                connection.sendall(framed(chunk("word ")))
+                time.sleep(0.02)
+            time.sleep(pause - 0.02)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+            events = events_of(ask(proxy, body={**REQUEST, "stream": True})[2])
+        thread.join()
+    assert text_of(events) == "word " * 4 and "ConnectionResetError" in events[-1]["error"]["message"]
+
+
+class Share:
+    """Counts how often the engine was heard."""
+
+    heard = 0
+
+    def is_started_again(self) -> bool:
+        return False
+
+    def hear(self) -> None:
+        self.heard += 1
+
+    def restart(self, seconds: float) -> None:
+        raise AssertionError("a healthy engine was ended")
+
+
+def test_an_engine_is_heard_in_a_long_run_of_known_chunks_and_not_taken_for_silent_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.1)
+    share, heard = Share(), list[int]()
+
+    def answer() -> Iterator[str]:
+        for number in range(130):
+            yield chunk("word ")
+            time.sleep(0.01)
+            heard.append(share.heard)
+        time.sleep(0.5)  # and the run took longer than `stall`
+        yield from says("end")
+
+    with fake_engine(lambda request: answer()) as engine:
+        with Proxy(0, Target(engine.url, "tiny", stall=1), share=cast(Any, share)) as proxy:
+            events = events_of(ask(proxy, body={**REQUEST, "stream": True})[2])
+    assert events[-1]["type"] == "message_stop" and heard[-1] >= heard[20] + 5
+
+
+def test_at_level_three_the_debug_log_has_known_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with fake_engine(lambda request: says(*(f"word{number} " for number in range(30)))) as engine:
+        with proxy_for(engine.url, 3) as proxy:
+            ask(proxy, body={**REQUEST, "stream": True})
+    log = (tmp_path / ".anyclaude" / "logs" / "debug.log").read_text()
+    assert all(f"word{number} " in log.partition("to the client")[2] for number in range(30))
 
 
 @pytest.mark.parametrize("status", [413, 401])

@@ -588,18 +588,19 @@ def merged(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def handed_on(reads: list[bytes], **options: Any) -> tuple[list[dict[str, Any]], int]:
     """What the client gets of an engine's reads, and how many chunks were not parsed for it."""
-    stream, events, unparsed = ReplyStream(new_reply(**options)), list[dict[str, Any]](), 0
+    reply, fed = new_reply(**options), list[Any]()
+    stream, events, parse = ReplyStream(reply), list[dict[str, Any]](), reply.feed
+    reply.feed = lambda chunk: fed.append(chunk) or parse(chunk)  # type: ignore[method-assign, func-returns-value]
     for data in reads:
         known = stream.known
         head, text, tail = known.partition(data) if known else (b"", b"", b"")
         if known and text and not head and not tail:
-            made = events_in(known.event % text)
-            assert made == stream.pass_on([text.decode()])
-            events, unparsed = events + made, unparsed + 1
+            assert events_in(known.event % text) == [stream.pass_on([text.decode()])]
+            events += events_in(known.event % text)
         else:
-            unparsed += len(known.texts_in(data)[0]) if known else 0
             events += stream.feed(data)
-    return merged(events_in(encode_events(events + stream.feed(b"", last=True)))), unparsed
+    events += stream.feed(b"", last=True)
+    return merged(events_in(encode_events(events))), b"".join(reads).count(b"data: {") - len(fed)
 
 
 def parsed(data: bytes, **options: Any) -> list[dict[str, Any]]:
@@ -659,6 +660,26 @@ def test_a_chunk_that_is_not_parsed_says_what_it_says_parsed(
     assert handed_on(reads, **options)[0] == parsed(data, **options)
 
 
+def test_known_chunks_of_one_read_are_one_event_and_count_as_many() -> None:
+    reply = new_reply()
+    stream = ReplyStream(reply)
+    stream.feed(line(0, "a") + line(0, "b")[:9])
+    events = stream.feed(line(0, "b")[9:] + line(0, "c") + line(0, "d"))
+    assert [event["delta"]["text"] for event in events] == ["b", "cd"] and reply.usage["output_tokens"] == 4
+
+
+def test_two_lines_in_one_event_are_both_said() -> None:
+    events, _ = handed_on([line(0, "a"), line(0, "b")[:-1] + line(0, "c") + line(0, "d")])
+    assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["abcd"]
+
+
+def test_chunks_with_the_time_in_them_are_known_again_each_second() -> None:
+    """Engines are tried to be known four times in a row, and each use makes up for all."""
+    for rounds in range(1, 10):
+        _, unparsed = handed_on([line(2, text, number * 3) for number in range(rounds) for text in "ab"])
+        assert unparsed == rounds
+
+
 def test_a_known_chunk_cut_anywhere_is_said_once() -> None:
     first, second = line(3, "one "), line(3, "two")
     for cut in range(len(second) + 1):
@@ -669,17 +690,20 @@ def test_a_known_chunk_cut_anywhere_is_said_once() -> None:
         assert unparsed == (cut in (0, len(second)))
 
 
-def test_half_a_line_before_a_known_chunk_is_not_lost() -> None:
-    events, _ = handed_on([line(0, "a"), line(0, "b"), b"data: ", line(0, "c") + line(0, "d")])
+@pytest.mark.parametrize("behind", [line(0, "c"), line(0, "c") + line(0, "d")])
+def test_half_a_line_before_a_known_chunk_is_not_lost(behind: bytes) -> None:
+    events, _ = handed_on([line(0, "a"), line(0, "b"), b"data: ", behind])
     assert events[-1]["type"] == "error"  # that line is no JSON
     assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["ab"]
 
 
-@pytest.mark.parametrize(("inside", "said"), [(b'b", "x": "', "b"), (b"b\t", ""), (b"b\\t", "b\t")])
+@pytest.mark.parametrize(
+    ("inside", "said"), [(b'b", "x": "', "b"), (b"b\t", ""), (b"b\\t", "b\t"), (b"b\xff", "b\ufffd")]
+)
 def test_what_is_no_single_plain_text_is_parsed(inside: bytes, said: str) -> None:
     """A field more, a character that JSON does not have, an escape."""
     events, passed_on = handed_on([line(1, "a"), line(1, "z").replace(b"z", inside)])
-    assert passed_on == 0
+    assert passed_on == (not said)  # what is no JSON is parsed, but no chunk
     assert {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "a" + said}} in events
 
 
