@@ -535,24 +535,26 @@ def test_an_engine_is_heard_in_a_long_run_of_known_chunks_and_not_taken_for_sile
     share, heard = Share(), list[int]()
 
     def answer() -> Iterator[str]:
-        for number in range(130):
+        for _ in range(130):
             yield chunk("word ")
             time.sleep(0.01)
             heard.append(share.heard)
         time.sleep(0.5)  # and the run took longer than `stall`
         yield from says("end")
 
-    with fake_engine(lambda request: answer()) as engine:
-        with Proxy(0, Target(engine.url, "tiny", stall=1), share=cast(Any, share)) as proxy:
-            events = events_of(ask(proxy, body={**REQUEST, "stream": True})[2])
+    with (
+        fake_engine(lambda request: answer()) as engine,
+        Proxy(0, Target(engine.url, "tiny", stall=1), share=cast(Any, share)) as proxy,
+    ):
+        events = events_of(ask(proxy, body={**REQUEST, "stream": True})[2])
     assert events[-1]["type"] == "message_stop" and heard[-1] >= heard[20] + 5
 
 
 def test_at_level_three_the_debug_log_has_known_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with fake_engine(lambda request: says(*(f"word{number} " for number in range(30)))) as engine:
-        with proxy_for(engine.url, 3) as proxy:
-            ask(proxy, body={**REQUEST, "stream": True})
+    words = says(*(f"word{number} " for number in range(30)))
+    with fake_engine(lambda request: words) as engine, proxy_for(engine.url, 3) as proxy:
+        ask(proxy, body={**REQUEST, "stream": True})
     log = (tmp_path / ".anyclaude" / "logs" / "debug.log").read_text()
     assert all(f"word{number} " in log.partition("to the client")[2] for number in range(30))
 
