@@ -440,11 +440,11 @@ def test_a_known_chunk_in_a_wrong_frame_is_no_text_but_an_error(size: str) -> No
 
 
 def test_in_a_long_run_of_known_chunks_no_ping_comes_and_behind_it_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.3)
+    monkeypatch.setattr(anyclaude, "PING_SECONDS", 0.6)
     pinged, last = threading.Event(), [0.0]
 
     def answer() -> Iterator[str]:
-        for _ in range(60):
+        for _ in range(80):
             yield chunk("word ")
             time.sleep(0.01)
         last[0] = time.monotonic() - 0.01
@@ -456,15 +456,18 @@ def test_in_a_long_run_of_known_chunks_no_ping_comes_and_behind_it_one_does(monk
         while b"event: message_stop" not in seen:
             seen += received(connection)
             if b"event: ping" in seen:
-                assert seen.count(b"word ") == 60
-                assert pinged.is_set() or time.monotonic() - last[0] > 0.25
+                assert seen.count(b"word ") == 80
+                assert pinged.is_set() or time.monotonic() - last[0] > 0.5
                 pinged.set()
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("pause", [0.01, 0.09, 0.11, 5])
-def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: float, half: bool) -> None:
+def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(
+    pause: float, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`half`: it still listens, so that what is sent does not fail."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     left = threading.Event()
 
     def serve() -> None:
@@ -480,7 +483,7 @@ def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: flo
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1") as proxy:
+        with proxy_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", 1) as proxy:
             connection, seen = connect(proxy, {**REQUEST, "stream": True}), b""
             while seen.count(b"word ") < 4:
                 seen += received(connection)
@@ -490,6 +493,7 @@ def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(pause: flo
             assert time.monotonic() - started < 0.3
             connection.close()
             thread.join()
+    assert "Traceback" not in (tmp_path / ".anyclaude" / "logs" / "debug.log").read_text()
 
 
 @pytest.mark.parametrize("pause", [0.02, 0.12, 0.3])

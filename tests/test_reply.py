@@ -668,8 +668,9 @@ def test_known_chunks_of_one_read_are_one_event_and_count_as_many() -> None:
     assert [event["delta"]["text"] for event in events] == ["b", "cd"] and reply.usage["output_tokens"] == 4
 
 
-def test_two_lines_in_one_event_are_both_said() -> None:
-    events, _ = handed_on([line(0, "a"), line(0, "b")[:-1] + line(0, "c") + line(0, "d")])
+@pytest.mark.parametrize("first", [line(0, "b")[:-1], line(1, "b")])
+def test_what_stands_before_a_known_chunk_is_said_too(first: bytes) -> None:
+    events, _ = handed_on([line(0, "a"), first + line(0, "c") + line(0, "d")])
     assert [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"] == ["abcd"]
 
 
