@@ -416,7 +416,11 @@ ONE, TWO = framed(chunk("one")), framed(chunk("two"))
         [ONE + TWO],
         [framed(chunk("one") + chunk("two"))],
         [ONE + TWO[:9], TWO[9:]],
-        [ONE + b"%x\r\n" % len(TWO), TWO, b"\r\n"],  # a frame that is the content of one that was begun before
+        [
+            ONE + b"%x\r\n" % len(TWO),
+            TWO,
+            b"\r\n" + framed(":" * 300 + "\n\n"),
+        ],  # a frame that is the content of one that was begun before
         *(
             [(ONE + TWO)[:cut], (ONE + TWO)[cut:]]
             for cut in (1, 2, 3, 4, 20, 70, len(ONE) - 2, len(ONE) - 1, len(ONE) + 2)
@@ -556,8 +560,14 @@ def test_an_engine_is_heard_in_a_long_run_of_known_chunks_and_not_taken_for_sile
 
 def test_at_level_three_the_debug_log_has_known_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = says(*(f"word{number} " for number in range(30)))
-    with fake_engine(lambda request: words) as engine, proxy_for(engine.url, 3) as proxy:
+
+    def answer() -> Iterator[str]:
+        for number in range(30):
+            yield chunk(f"word{number} ")
+            time.sleep(0.01)
+        yield from says("end")
+
+    with fake_engine(lambda request: answer()) as engine, proxy_for(engine.url, 3) as proxy:
         ask(proxy, body={**REQUEST, "stream": True})
     log = (tmp_path / ".anyclaude" / "logs" / "debug.log").read_text()
     assert all(f"word{number} " in log.partition("to the client")[2] for number in range(30))
