@@ -392,7 +392,7 @@ def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
 
 
-ENDS = [framed(chunk("", "stop")), framed("data: [DONE]\n\n") + b"0\r\n\r\n"]
+END = framed(chunk("", "stop") + "data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 @pytest.mark.parametrize("size", ["%x", "%X"])  # mistral.rs' HTTP library writes large letters
@@ -400,7 +400,7 @@ def test_a_chunk_like_one_before_goes_to_the_client_unparsed(size: str) -> None:
     first, *others = (
         framed(chunk("TEXT").replace("TEXT", word), size) for word in ["one", " two", " \u00fc\u4e2d", "4%b"]
     )
-    events, parsed = in_turn([first, *others, *ENDS])
+    events, parsed = in_turn([first, *others, END])
     assert text_of(events) == "one two \u00fc\u4e2d4%b" and events[-2]["usage"]["output_tokens"] == 4
     assert b"one" in parsed and not any(word.encode() in parsed for word in ["two", "\u00fc", "4%b"])
 
@@ -432,7 +432,7 @@ ONE, TWO = framed(chunk("one")), framed(chunk("two"))
     ],
 )
 def test_known_chunks_in_any_frame_and_cut_anywhere_say_the_same(reads: list[bytes]) -> None:
-    events, _ = in_turn([framed(chunk("first ")), framed(chunk("second ")), *reads, framed(chunk(" last")), *ENDS])
+    events, _ = in_turn([framed(chunk("first ")), framed(chunk("second ")), *reads, framed(chunk(" last")), END])
     assert text_of(events) == "first second onetwo last" and events[-1]["type"] == "message_stop"
 
 
