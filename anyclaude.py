@@ -4675,7 +4675,7 @@ class Reply:
                 self._say(text)
             elif kind == "thinking":
                 self._open("thinking", thinking="", signature="")
-                self._delta("thinking_delta", thinking=text)
+                self._events.append(self.longer(text))
             else:
                 self._delta("input_json_delta", partial_json=text)
 
@@ -4688,7 +4688,7 @@ class Reply:
                 return
             text = text.lstrip("\r\n")
         self._open("text", text="")
-        self._delta("text_delta", text=text)
+        self._events.append(self.longer(text))
 
     def _begin_call(self, name: str, call_id: str) -> None:
         self._muted |= self._one_call and self._calls > 0
@@ -5032,9 +5032,7 @@ class _Upstream:
             if not self._is_refused():
                 return
         self.asked = True
-        self.now = self._look = (
-            time.monotonic()
-        )  # when something was read last, or in vain; when to look after the client
+        self.now = self._look = time.monotonic()  # of the last read, also one in vain; when to look after the client
         self._socket.settimeout(NEXT_CHUNK_SECONDS)
         self._poll = select.poll()
         for one in (self._socket, self._client):

@@ -5,7 +5,7 @@
 set -u
 
 version=0.1.0
-sha256=c1d1780ecb1c6f5f5501d48c25ab42f6be8c26421b51439194f437d352431ec3
+sha256=bf15b1e2a6f4a34e8eb685781bdf12e3ad032196c8a7b6ccde9f9f7e18c175ba
 default_url=https://raw.githubusercontent.com/anyclaude/anyclaude/main/anyclaude.py
 patience=30 # seconds in which nothing comes, until a download is given up
 

@@ -356,14 +356,21 @@ def framed(content: str, size: str = "%x") -> bytes:
     return (size % len(data)).encode() + b"\r\n" + data + b"\r\n"
 
 
+@contextlib.contextmanager
+def asked(listener: socket.socket) -> Iterator[socket.socket]:
+    """An engine's side of a request, which it has begun to answer in chunks."""
+    with listener.accept()[0] as connection:
+        connection.recv(1 << 20)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        yield connection
+
+
 def in_turn(reads: list[bytes]) -> tuple[list[dict[str, Any]], bytes]:
     """An engine sends these, each when the client has what came before -> the client's events, and what was parsed."""
     seen, parsed, feed, got = b"", list[bytes](), anyclaude.ReplyStream.feed, threading.Event()
 
     def serve() -> None:
-        with listener.accept()[0] as connection, contextlib.suppress(OSError):
-            connection.recv(1 << 20)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with asked(listener) as connection, contextlib.suppress(OSError):
             for read in reads:
                 got.clear()
                 connection.sendall(read)
@@ -472,9 +479,7 @@ def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(
     left = threading.Event()
 
     def serve() -> None:
-        with listener.accept()[0] as connection, contextlib.suppress(OSError):
-            connection.recv(1 << 20)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with asked(listener) as connection, contextlib.suppress(OSError):
             for number in range(1000):
                 connection.sendall(framed(chunk("word ")))
                 if select.select([connection], [], [], 0.01 if number < 3 else pause)[0]:
@@ -500,9 +505,7 @@ def test_a_client_that_leaves_between_known_chunks_is_noticed_at_once(
 @pytest.mark.parametrize("pause", [0.02, 0.12, 0.3])
 def test_an_engine_that_dies_between_known_chunks_is_told_as_that(pause: float) -> None:
     def serve() -> None:
-        with listener.accept()[0] as connection:
-            connection.recv(1 << 20)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with asked(listener) as connection:
             for _ in range(4):
                 connection.sendall(framed(chunk("word ")))
                 time.sleep(0.02)
